@@ -1,0 +1,333 @@
+"""The Countdown task: the question put to the model, the reward for its answer, and the problems.
+
+A problem is a few numbers and a target: from [3, 7, 12] make 33, using each number once: `12 + 7 * 3`.
+Finding an expression takes search, arithmetic and checking; judging one takes the small program below. That
+is all the reward this trainer needs: no reward model, no judge, no labelled steps.
+
+    question_text, ASSISTANT_PREFIX     how a problem is put to the model
+    grade                               an answer's Reward: format 0.1, correctness 1.0
+    generate_problems, load_problems    problems made from nothing, or read from parquet files and hub data
+    split_problems, problem_order       what is held out, and in which order the rest is trained on
+
+What the model writes is hostile input: millions of samples pushed towards whatever `grade` says yes to. So no
+`eval` and no Python parser sees it, only a walker over a closed alphabet whose length, depth and numbers are
+bounded before it starts.
+
+Left out: credit for near misses (the policy would learn to miss nearly) and the television game's rule that
+some numbers may stay unused (the public data set does not have it).
+"""
+
+import errno
+import hashlib
+import itertools
+import os
+import random
+import re
+import string
+import sys
+from collections.abc import Sequence
+from fractions import Fraction
+from pathlib import Path
+
+import numpy
+import pandas
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import (
+    GatedRepoError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+
+from data_types import Problem, Reward, UserError
+
+# ---------------------------------------------------------------------------------------------- the question
+
+# Opens the assistant's turn and is part of the prompt: what the model samples goes on right after `<think>`.
+ASSISTANT_PREFIX = "Let me solve this step by step.\n<think>"
+
+
+def question_text(problem: Problem) -> str:
+    """The user's message.
+
+    The problem stands in one piece and no other digit is in the text, so that a small tokenizer trained on it
+    can make few tokens of the rest. Every model, tiny or large, is asked in the same words.
+    """
+    return (
+        f"Use the numbers {list(problem.numbers)} to reach the target {problem.target}. Write one expression "
+        "with the operations + - * / and parentheses in which each number stands exactly once. "
+        "Think inside <think> </think>, then give the final expression inside <answer> </answer>, "
+        "such as <answer> (a + b) / c </answer> with numbers for the letters."
+    )
+
+
+# ------------------------------------------------------------------------------------------------ the reward
+
+TAG = re.compile(r"</?(?:think|answer)>")
+TAGS_IN_ORDER = ["<think>", "</think>", "<answer>", "</answer>"]
+WHITE_SPACE = re.compile(r"\s+", re.ASCII)
+EXPRESSION_ALPHABET = re.compile(r"[0-9+\-*/()\s]*", re.ASCII)
+TOKEN = re.compile(r"[0-9]+|[-+*/()]")
+MAX_EXPRESSION_LENGTH = 500  # characters; six numbers need some 50
+MAX_EXPRESSION_DEPTH = 20  # brackets inside brackets; six numbers need five
+
+
+def grade(response: str, ended: bool, problem: Problem) -> Reward:
+    """Grade what was sampled after `ASSISTANT_PREFIX` (the whole answer is "<think>" + response).
+
+    `ended` says whether the end token was sampled (it is not part of `response`); if not, the answer was cut
+    off. Never raises, whatever the text, and takes time linear in its length.
+    """
+    text = "<think>" + response
+    # Each tag once and in this order, or the answer earns nothing: a second answer, a tag inside another's
+    # block or an answer given while still thinking are ways to hedge, and hedging must not pay.
+    if TAG.findall(text) != TAGS_IN_ORDER:
+        return Reward(format=0.0, correct=0.0)
+    _, _thoughts, between, answer, after = TAG.split(text)
+    well_formed = ended and WHITE_SPACE.fullmatch(between) is not None and after == ""
+    return Reward(format=0.1 if well_formed else 0.0, correct=1.0 if _is_solution(answer, problem) else 0.0)
+
+
+def _is_solution(answer: str, problem: Problem) -> bool:
+    """Whether the text is an expression that solves the problem, with or without "= target" after it."""
+    expression, equals, stated = answer.partition("=")
+    if equals and stated.strip(string.whitespace) != str(problem.target):
+        return False
+    return evaluate_expression(expression, problem.numbers) == problem.target
+
+
+def evaluate_expression(text: str, numbers: Sequence[int]) -> Fraction | None:
+    """The exact value of an expression that uses each of `numbers` exactly once, or None for any other text.
+
+        sum     = product (("+" | "-") product)*
+        product = factor (("*" | "/") factor)*
+        factor  = ["+" | "-"] (number | "(" sum ")")
+    """
+    text = text.strip(string.whitespace)
+    if len(text) > MAX_EXPRESSION_LENGTH or not EXPRESSION_ALPHABET.fullmatch(text):
+        return None
+    tokens = TOKEN.findall(text)
+    # Numbers are compared as they are written, before any is read: the walker below never meets a number that
+    # was not given, so neither 9999999999 nor 007 nor a seventh operand can cost anything.
+    if sorted(token for token in tokens if token.isdigit()) != sorted(str(number) for number in numbers):
+        return None
+    stack = [""] + tokens[::-1]  # the next token is stack[-1]; "" marks the end, so looking is always safe
+    try:
+        value = _sum(stack, depth=0)
+    except (SyntaxError, ZeroDivisionError):
+        return None
+    return value if stack == [""] else None
+
+
+def _sum(stack: list[str], depth: int) -> Fraction:
+    value = _product(stack, depth)
+    while stack[-1] in ("+", "-"):
+        sign = -1 if stack.pop() == "-" else 1
+        value += sign * _product(stack, depth)
+    return value
+
+
+def _product(stack: list[str], depth: int) -> Fraction:
+    value = _factor(stack, depth)
+    while stack[-1] in ("*", "/"):
+        if stack.pop() == "*":
+            value *= _factor(stack, depth)
+        else:
+            value /= _factor(stack, depth)
+    return value
+
+
+def _factor(stack: list[str], depth: int) -> Fraction:
+    sign = -1 if stack[-1] == "-" else 1
+    if stack[-1] in ("+", "-"):
+        stack.pop()
+    token = stack.pop()
+    if token.isdigit():
+        return Fraction(sign * int(token))
+    if token != "(" or depth == MAX_EXPRESSION_DEPTH:
+        raise SyntaxError("neither a number nor a bracket that may open here")
+    value = _sum(stack, depth + 1)
+    if stack.pop() != ")":
+        raise SyntaxError("an open bracket")
+    return sign * value
+
+
+# ------------------------------------------------------------------------------------- problems from nothing
+
+
+def generate_problems(count: int, low: int, high: int, target_low: int, target_high: int) -> list[Problem]:
+    """Every solvable problem with `count` numbers of low..high (repeats allowed) and a target of the range.
+
+    In a fixed order: by numbers, which are sorted, then by target.
+    """
+    problems = []
+    for numbers in itertools.combinations_with_replacement(range(low, high + 1), count):
+        values = sorted(reachable_values(numbers))
+        targets = [int(v) for v in values if v.denominator == 1 and target_low <= v <= target_high]
+        problems += [Problem(numbers, target) for target in targets]
+    return problems
+
+
+def reachable_values(numbers: tuple[int, ...]) -> set[Fraction]:
+    """The value of every expression that uses each number once.
+
+    Brute force: all ways to split the numbers between the two sides of the last operation, and all values of
+    either side. Signs are left out: they would only add the negatives of values that are here already.
+    """
+    if len(numbers) == 1:
+        return {Fraction(numbers[0])}
+    values = set()
+    positions = range(len(numbers))
+    for size in range(1, len(numbers)):
+        for chosen in itertools.combinations(positions, size):
+            left = reachable_values(tuple(numbers[i] for i in chosen))
+            right = reachable_values(tuple(numbers[i] for i in positions if i not in chosen))
+            for a, b in itertools.product(left, right):
+                values |= {a + b, a - b, a * b} | ({a / b} if b else set())
+    return values
+
+
+# ------------------------------------------------------------------------------------- problems from parquet
+
+MAX_NUMBER = 1_000_000  # of a problem's numbers and its target; more is a mistake in the data, not a puzzle
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+(?<!\.parquet)", re.ASCII)
+HUB_ADVICE = (  # the first kind that fits counts
+    (GatedRepoError, "its owner asks for consent: accept the terms on its page, then set HF_TOKEN"),
+    (RepositoryNotFoundError, "no folder here, no data set there you may see: check data.path, set HF_TOKEN"),
+    (RevisionNotFoundError, "it has no such revision: set data.revision to a branch, tag or commit of it"),
+    (LocalEntryNotFoundError, "not cached, no way to the hub: check network, HF_ENDPOINT, HF_HUB_OFFLINE"),
+)
+
+
+def load_problems(
+    path: str,
+    revision: str | None = None,
+    number_counts: Sequence[int] = (),
+    target_low: int | None = None,
+    target_high: int | None = None,
+) -> list[Problem]:
+    """Problems of a parquet file, of all parquet files in a folder, or of a hub data set ("owner/name").
+
+    The files hold the columns `nums` (lists of 2 to 6 positive integers) and `target` (positive integers).
+    Rows that break this are dropped, counted and named on stderr. `revision` is for the hub only. The filters
+    keep problems with one of `number_counts` numbers (empty: any) and a target from `target_low` to
+    `target_high`. Raises UserError when a file cannot be read or has no good row, or no problem passes.
+    """
+    problems = [problem for file in _parquet_files(path, revision) for problem in _read_parquet(file)]
+    kept = [
+        problem
+        for problem in problems
+        if (not number_counts or len(problem.numbers) in number_counts)
+        and (target_low is None or problem.target >= target_low)
+        and (target_high is None or problem.target <= target_high)
+    ]
+    if not kept:
+        raise UserError(
+            f"{path}: none of its {len(problems)} problems passes the filters: widen data.number_counts "
+            f"({list(number_counts)}), data.target_low ({target_low}) or data.target_high ({target_high})"
+        )
+    return kept
+
+
+def _parquet_files(path: str, revision: str | None) -> list[Path]:
+    if os.path.isfile(path):
+        return [Path(path)]
+    if os.path.isdir(path):
+        folder = Path(path)
+    elif HUB_ID.fullmatch(path):
+        folder = Path(_download_dataset(path, revision))
+    else:
+        raise UserError(f"{path}: no such file or folder, nor a hub data set (owner/name): set data.path")
+    files = sorted(file for file in folder.rglob("*.parquet") if file.is_file())
+    if not files:
+        raise UserError(f"{path}: holds no .parquet file: give a file, a folder or a data set that has one")
+    return files
+
+
+def _download_dataset(name: str, revision: str | None) -> str:
+    """The folder of the data set in the hub's cache, after fetching what is missing there."""
+    try:
+        return snapshot_download(name, repo_type="dataset", revision=revision, allow_patterns=["*.parquet"])
+    except Exception as error:  # the hub's, the HTTP client's and the system's errors have no common base
+        advice = next((text for kind, text in HUB_ADVICE if isinstance(error, kind)), _one_line(error))
+        if getattr(error, "errno", None) == errno.ENOSPC:
+            advice = "the disk is full: free some space or set HF_HOME to a folder on another disk"
+        at_revision = f" at revision {revision}" if revision else ""
+        raise UserError(f"{name}{at_revision}: cannot get this data set from the hub: {advice}") from error
+
+
+def _read_parquet(file: Path) -> list[Problem]:
+    try:
+        table = pandas.read_parquet(file, columns=["nums", "target"])
+    except Exception as error:  # a damaged file comes out as almost any kind of error
+        raise UserError(
+            f"{file}: not a readable parquet file with columns 'nums' and 'target' ({_one_line(error)})"
+        ) from error
+    problems, faults = [], []
+    for row, (numbers, target) in enumerate(zip(table["nums"].tolist(), table["target"].tolist())):
+        try:
+            problems.append(_problem_from_row(numbers, target))
+        except ValueError as error:
+            faults.append(f"row {row}: {error}")
+    reasons = "; ".join(faults[:3])
+    if not problems:
+        raise UserError(f"{file}: holds no problem: {reasons or 'it has no rows'}")
+    if faults:
+        print(f"{file}: dropped {len(faults)} of {len(table)} rows: {reasons}", file=sys.stderr)
+    return problems
+
+
+def _problem_from_row(numbers: object, target: object) -> Problem:
+    """Raises ValueError that says what is wrong with the row."""
+    if not isinstance(numbers, numpy.ndarray) or not 2 <= len(numbers) <= 6:
+        raise ValueError(f"nums is not a list of 2 to 6 numbers but {ascii(numbers):.60}")
+    return Problem(tuple(_whole_number(n, "nums") for n in numbers.tolist()), _whole_number(target, "target"))
+
+
+def _whole_number(value: object, column: str) -> int:
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)  # one empty cell is enough for pandas to read a whole column as floats
+    if type(value) is not int or not 1 <= value <= MAX_NUMBER:
+        raise ValueError(f"{column} holds {ascii(value):.60}, not a whole number from 1 to {MAX_NUMBER:,}")
+    return value
+
+
+def _one_line(error: Exception) -> str:
+    """The error's kind and the start of its message, without line breaks."""
+    return " ".join(f"{type(error).__name__}: {error}".split())[:200]
+
+
+# ------------------------------------------------------------------------------------ the split and the order
+
+
+def split_problems(problems: Sequence[Problem], held_out: int) -> tuple[list[Problem], list[Problem]]:
+    """Split into (train, held out): `held_out` different problems of which training has no copy.
+
+    Rows with the same target and the same numbers in any order are one problem, named by its key. Keys are
+    held out in the order of their hashes, whatever the order of the rows, so that a filter, too, moves as few
+    problems as it can from one side to the other.
+    """
+    by_key: dict[str, Problem] = {}
+    for problem in problems:
+        twin = by_key.setdefault(_key(problem), problem)
+        if problem.numbers < twin.numbers:
+            by_key[_key(problem)] = problem
+    if len(by_key) <= held_out:
+        raise UserError(
+            f"{len(by_key)} different problems are too few to hold out {held_out} and train on the rest: "
+            "lower data.held_out, widen the data's filters or use more data"
+        )
+    chosen = sorted(by_key, key=lambda key: hashlib.sha256(key.encode()).digest())[:held_out]
+    taken = set(chosen)
+    return [p for p in problems if _key(p) not in taken], [by_key[key] for key in chosen]
+
+
+def _key(problem: Problem) -> str:
+    return f"{sorted(problem.numbers)} {problem.target}"
+
+
+def problem_order(count: int, seed: int, epoch: int) -> list[int]:
+    """A permutation of range(count): the order in which an epoch visits the problems."""
+    order = list(range(count))
+    random.Random(f"{seed}/{epoch}").shuffle(order)  # seeded by a text: (1, 23) and (12, 3) stay apart
+    return order

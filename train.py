@@ -1,0 +1,173 @@
+"""Trains a Qwen2.5 model with GRPO on Countdown: the whole algorithm is the loop in `train`.
+
+    python train.py --config config_tiny.yml                      # a laptop, minutes, nothing to download
+    python train.py --config config.yml                           # Qwen2.5-3B-Instruct on one 48 GB GPU
+    python train.py --config config_tiny.yml --name try rollout.group_size=32 train.learning_rate=3e-4
+
+Every step samples groups of answers, rewards them, turns the rewards into advantages, and moves the policy towards
+the answers that did better than their group. The parts live in modules of their own: rollout.py samples,
+countdown_task.py rewards, grpo.py has the advantages and the update, logbook.py writes down what happened.
+
+Every random choice of step k comes from a generator made for (seed, purpose, k), so no generator has a past: an
+evaluation more or less changes nothing, and a run can go on from any step.
+"""
+
+import argparse
+import hashlib
+import math
+import os
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from checkpoint import load_model, save_model
+from countdown_task import ASSISTANT_PREFIX, grade, load_problems, problem_order, question_text, split_problems
+from data_types import Config, Episode, Problem, UserError, load_config
+from grpo import assign_advantages, policy_gradient
+from logbook import Logbook, episode_metrics
+from optimizer import learning_rate, make_optimizer, set_learning_rate
+from qwen2_model import Qwen2
+from rollout import Sampling, generate
+from tokenizer import Tokenizer
+
+
+@dataclass
+class Run:
+    """What a run works with."""
+
+    config: Config
+    policy: Qwen2
+    tokenizer: Tokenizer
+    optimizer: torch.optim.Optimizer
+    training: list[Problem]
+    held_out: list[Problem]
+
+
+def train(config: Config, name: str | None) -> None:
+    """GRPO: sample groups of answers, reward them, compare within the group, update the policy, repeat."""
+    run = set_up(config)
+    distribution = Sampling(config.rollout.temperature, config.rollout.top_k, config.rollout.top_p)
+    with Logbook(config, name) as logbook:
+        before = evaluate_twice(run, logbook)
+        logbook.write_step(0, before)
+        for step in range(1, config.train.steps + 1):
+            problems = questions_of_step(step, run)
+            with logbook.phase("sample") as sampling:
+                episodes = sample(run, problems, config.rollout.group_size, distribution,
+                                  make_generator(config.train.seed, "rollout", step), sampling.count)
+            for episode in episodes:
+                episode.reward = grade(episode.text, episode.ended, episode.problem)
+            zero_spread = assign_advantages(episodes, config.train.divide_by_std)
+
+            with logbook.phase("update") as updating:
+                set_learning_rate(run.optimizer, learning_rate(step, config.train))
+                update = policy_gradient(run.policy, run.optimizer, episodes, len(run.tokenizer), distribution,
+                                         config.train.tokens_per_microbatch, config.train.max_grad_norm,
+                                         updating.count)
+
+            metrics = {**episode_metrics(episodes), "zero_spread": zero_spread, **update,
+                       **sampling.metrics("rollout"), **updating.metrics("update")}
+            if step == config.train.steps:
+                metrics |= (after := evaluate_twice(run, logbook))
+            elif config.eval.every and step % config.eval.every == 0:
+                metrics |= evaluate(run, config.eval.temperature, logbook)
+            logbook.write_samples(step, episodes[: config.output.samples])
+            logbook.write_step(step, metrics)
+        save_model(run.policy, config.model.path, logbook.folder / "final")
+        logbook.summarize(before, after)
+
+
+def set_up(config: Config) -> Run:
+    """Everything a run needs, checked before anything long begins."""
+    device = find_device(config.model.device)
+    # On a CPU the products of a small model are too short to share out among many cores.
+    torch.set_num_threads(config.train.threads or min(os.cpu_count() or 1, 8))
+    data = config.data
+    problems = load_problems(data.path, data.revision, data.number_counts, data.target_low, data.target_high)
+    training, held_out = split_problems(problems, data.held_out)
+    tokenizer = Tokenizer(config.model.path)
+    policy = load_model(config.model.path, device, getattr(torch, config.model.dtype))
+    if len(tokenizer) > policy.config.vocab_size:
+        raise UserError(f"{config.model.path}: the tokenizer has {len(tokenizer)} ids, but vocab_size in config.json "
+                        f"is {policy.config.vocab_size}; tokenizer and weights must belong together")
+    return Run(config, policy, tokenizer, make_optimizer(policy, config.train), training, held_out[: config.eval.size])
+
+
+def find_device(name: str) -> torch.device:
+    """The torch device of `model.device`; `auto` takes a GPU where there is one."""
+    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if name == "auto":
+        name = next(kind for kind, found in there.items() if found)
+    device = torch.device(name)
+    if not there[device.type] or (device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count()):
+        found = ", ".join(kind for kind, found in there.items() if found)
+        raise UserError(f"model.device is {name}, which this machine does not have; it has {found}")
+    return device
+
+
+def make_generator(seed: int, purpose: str, step: int) -> torch.Generator:
+    """The random generator of one purpose at one step: the same numbers whatever was drawn elsewhere before."""
+    digest = hashlib.sha256(f"{seed} {purpose} {step}".encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+
+
+def questions_of_step(step: int, run: Run) -> list[Problem]:
+    """The step's training problems: each epoch goes through all of them in an order of its own."""
+    count, per_step, seed = len(run.training), run.config.rollout.questions_per_step, run.config.train.seed
+    places = [divmod(i, count) for i in range((step - 1) * per_step, step * per_step)]  # (epoch, place in it)
+    orders = {epoch: problem_order(count, seed, epoch) for epoch, _ in places}
+    return [run.training[orders[epoch][place]] for epoch, place in places]
+
+
+def sample(run: Run, problems: Sequence[Problem], group_size: int, sampling: Sampling, generator: torch.Generator,
+           on_tokens: Callable[[int], object]) -> list[Episode]:
+    """`group_size` answers of the policy to each problem, not yet rewarded."""
+    rollout, tokenizer = run.config.rollout, run.tokenizer
+    prompts = [tokenizer.encode_prompt(question_text(problem), ASSISTANT_PREFIX) for problem in problems]
+    uniforms = torch.rand(len(problems) * group_size, rollout.max_new_tokens, generator=generator)
+    cache_bytes = math.inf if rollout.kv_cache_gib is None else rollout.kv_cache_gib * 2**30
+    answers = generate(run.policy, prompts, uniforms, tokenizer.end_ids, len(tokenizer), sampling, cache_bytes,
+                       on_tokens=on_tokens)
+    return [
+        Episode(problems[a.question], a.question, prompts[a.question], a.ids, a.logprobs, a.ended,
+                tokenizer.decode(a.ids[:-1] if a.ended else a.ids))
+        for a in answers
+    ]
+
+
+def evaluate(run: Run, temperature: float, logbook: Logbook) -> dict[str, float]:
+    """Success on the held-out problems, one answer each, and its standard error."""
+    generator = make_generator(run.config.train.seed, "evaluation", 0)  # the same numbers for every evaluation
+    with logbook.phase("evaluate") as phase:
+        episodes = sample(run, run.held_out, 1, Sampling(temperature), generator, phase.count)
+    correct = [grade(e.text, e.ended, e.problem).correct for e in episodes]
+    rate = sum(correct) / len(correct)
+    return {"eval_success": rate, "eval_success_se": math.sqrt(rate * (1 - rate) / len(correct))}
+
+
+def evaluate_twice(run: Run, logbook: Logbook) -> dict[str, float]:
+    """The evaluation of before and after: sampled, greedy, and at the config's temperature."""
+    configured = run.config.eval.temperature
+    results = {temperature: evaluate(run, temperature, logbook) for temperature in {1.0, 0.0, configured}}
+    return {"eval_sampled": results[1.0]["eval_success"], "eval_greedy": results[0.0]["eval_success"],
+            **results[configured]}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description="Train a Qwen2.5 model with GRPO on Countdown.")
+    parser.add_argument("--config", required=True, help="a YAML file such as config_tiny.yml")
+    parser.add_argument("--name", help="the run's folder under output.folder; default: the time")
+    parser.add_argument("overrides", nargs="*", help="settings that replace the file's: rollout.group_size=32")
+    arguments = parser.parse_args()
+    try:
+        train(load_config(arguments.config, arguments.overrides), arguments.name)
+    except UserError as error:
+        print(f"train.py: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
