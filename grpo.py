@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from data_types import Episode
+from data_types import Episode, TrainSettings
 from qwen2_model import Qwen2, head_logits
 from rollout import Sampling, sampling_logprobs
 
@@ -106,7 +106,7 @@ def response_logprobs(model: Qwen2, episodes: Sequence[Episode], vocabulary: int
 
 
 def policy_gradient(policy: Qwen2, optimizer: torch.optim.Optimizer, episodes: Sequence[Episode], vocabulary: int,
-                    sampling: Sampling, tokens_per_microbatch: int, max_grad_norm: float,
+                    sampling: Sampling, settings: TrainSettings,
                     on_tokens: Callable[[int], object] = lambda count: None) -> dict[str, float | None]:
     """One policy-gradient step: ascend sum(advantage * logprob) / response tokens of the whole batch.
 
@@ -117,7 +117,7 @@ def policy_gradient(policy: Qwen2, optimizer: torch.optim.Optimizer, episodes: S
     telling = [episode for episode in episodes if episode.advantage != 0.0]
     lengths = [len(e.prompt_ids) + len(e.response_ids) for e in telling]
     loss_sum, entropy_sum, gap_sum, seen = 0.0, 0.0, 0.0, 0
-    for rows in micro_batches(lengths, tokens_per_microbatch):
+    for rows in micro_batches(lengths, settings.tokens_per_microbatch):
         batch = [telling[row] for row in rows]
         logprobs, entropy = response_logprobs(policy, batch, vocabulary, sampling)
         counts = torch.tensor([len(e.response_ids) for e in batch])
@@ -130,7 +130,7 @@ def policy_gradient(policy: Qwen2, optimizer: torch.optim.Optimizer, episodes: S
         gap_sum += (logprobs.detach().cpu() - sampled).abs().sum().item()
         seen += len(sampled)
         on_tokens(sum(lengths[row] for row in rows))
-    grad_norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), max_grad_norm).item() if telling else 0.0
+    grad_norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), settings.max_grad_norm).item() if telling else 0.0
     finite = math.isfinite(grad_norm)
     if telling and finite:
         optimizer.step()

@@ -64,8 +64,7 @@ def train(config: Config, name: str | None) -> None:
             with logbook.phase("update") as updating:
                 set_learning_rate(run.optimizer, learning_rate(step, config.train))
                 update = policy_gradient(run.policy, run.optimizer, episodes, len(run.tokenizer), distribution,
-                                         config.train.tokens_per_microbatch, config.train.max_grad_norm,
-                                         updating.count)
+                                         config.train, updating.count)
 
             metrics = {**episode_metrics(episodes), "zero_spread": zero_spread, **update,
                        **sampling.metrics("rollout"), **updating.metrics("update")}
