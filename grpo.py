@@ -21,7 +21,7 @@ from torch.utils.checkpoint import checkpoint
 
 from data_types import Episode, TrainSettings
 from qwen2_model import Qwen2, head_logits
-from rollout import Sampling, sampling_logprobs
+from rollout import Sampling, warp
 
 CHUNK_TOKENS = 2048  # tokens whose full-vocabulary logits exist at the same time
 
@@ -93,7 +93,7 @@ def response_logprobs(model: Qwen2, episodes: Sequence[Episode], vocabulary: int
     head = model.head[:vocabulary]
 
     def chunk(hidden: Tensor, head: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        logprobs = sampling_logprobs(head_logits(hidden, head), sampling, keep=targets)
+        logprobs = warp(head_logits(hidden, head), sampling, keep=targets).log_softmax(dim=-1)
         with torch.no_grad():
             entropy = torch.special.entr(logprobs.exp()).sum(dim=-1)
         return logprobs.gather(-1, targets[:, None])[:, 0], entropy

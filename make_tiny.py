@@ -1,43 +1,51 @@
 """Makes `tiny/`: a genuine Qwen2.5 checkpoint, small enough for a laptop, from nothing.
 
-A byte-level BPE is trained on the texts of the task, then a small Qwen2 is trained, supervised, on generated
-reasoning traces. A trace tries combinations one a line and says of each whether it hits the target:
+A byte-level BPE is trained on the texts of the task, then a small Qwen2 is trained, supervised, on reasoning traces
+that a program writes. A trace tries combinations, one a line, and says of each whether it hits the target:
 
-    <think>
     12*3=36, 36+7=43 no
     12-7=5, 5*3=15 yes
     </think>
     <answer>(12-7)*3</answer>
 
-Traces are honest: a line says `yes` exactly when it reaches the target. And most are impatient: after a few misses they
-give up and answer with their last try. So the model writes the right form and does its sums, but solves only a part
-of the problems. What is missing - patience, and better tries - is left to GRPO (train.py --config config_tiny.yml).
+Traces are honest: a line says `yes` exactly when it reaches the target. And they are impatient: most give up after a
+few misses and answer with their last try. So the model writes the right form and does its sums, but solves only some
+of the problems. What is missing, patience and better tries, is left to GRPO (train.py --config config_tiny.yml).
 
-    python make_tiny.py                  # writes tiny/ again, bit for bit on the same machine, in about 20 minutes
+The lesson has two parts. In the first the traces are patient and try at random, which is where the arithmetic, the
+checking and the habit of not repeating a try are learnt: a trace that soon hits would teach to write whatever number
+makes it hit. In the second they are impatient, and better at choosing.
 
-Held-out problems (the 512 that training evaluates on) never enter a trace; tiny/sft_problems.parquet lists what did.
+    python make_tiny.py                              # writes tiny/ anew; the same bits on the same machine
+    python make_tiny.py --examine runs/NAME/final    # how a model folder answers: sums, honesty, length
+
+Held-out problems never enter a trace; tiny/sft_problems.parquet lists those that did.
 """
 
 import argparse
+import itertools
+import json
 import random
-import sys
+import re
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import pandas
 import torch
 import torch.nn.functional as F
-from tokenizers import Regex, Tokenizer as BytePairTokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers, trainers
+from tokenizers import Tokenizer as BytePairTokenizer
 
-
-from checkpoint import write_model
+from checkpoint import load_model, write_model
 from countdown_task import ASSISTANT_PREFIX, generate_problems, grade, question_text, split_problems
 from data_types import Problem
 from qwen2_model import Qwen2, Qwen2Config, head_logits
 from rollout import Sampling, generate
 from tokenizer import Tokenizer
 
+HELD_OUT = 512
 SPECIAL_TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]  # as in Qwen2.5
 CHAT_TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n{% endfor %}"
@@ -46,30 +54,39 @@ CHAT_TEMPLATE = (
 
 
 @dataclass(frozen=True)
+class Lesson:
+    """How the traces of one part of the training are written."""
+
+    steps: int
+    rows: int  # traces a step
+    orderly: float  # share of traces that go through the first operations in order, each with its best second one
+    guided: float  # in the other traces: share of tries that are a solution, as if guessed,
+    sensible: float  # share that have the best second operation for a random first one; the rest are random
+    patience: tuple[float, ...]  # shares of traces that give up after 1, 2, 3, ... misses; what is left tries 14 times
+
+
+@dataclass(frozen=True)
 class Recipe:
-    """Every choice that shapes the checkpoint."""
+    """Every choice that shapes the checkpoint; found by the experiments in LOG.md."""
 
     seed: int = 0
-    steps: int = 2000
-    rows: int = 64  # traces a step
-    learning_rate: float = 4e-3
-    hidden: int = 128
-    layers: int = 4
-    inner: int = 384
+    learning_rate: float = 2.5e-3
+    warmup_steps: int = 100
     merges: int = 320
-    # how a trace chooses its next try: the solution itself, the best second operation for a random first one, or anything
-    guided: float = 0.15
-    sensible: float = 0.45
-    # share of traces that give up after 1, 2, 3, ... misses; the rest try up to 40 times
-    patience: tuple[float, ...] = (0.18, 0.22, 0.22, 0.18, 0.08)
-    threads: int = 2
-    practice: int = 1500
-    init: str = ""
+    threads: int = 1  # the order of sums, and so the last bits, may depend on it
+    lessons: tuple[Lesson, ...] = (
+        Lesson(steps=3000, rows=32, orderly=0.5, guided=0.12, sensible=0.5, patience=()),
+        Lesson(steps=1000, rows=64, orderly=0.2, guided=0.15, sensible=0.45,
+               patience=(0.18, 0.22, 0.22, 0.18, 0.08)),
+    )
+
+
+# ------------------------------------------------------------------------------------------------- the traces
 
 
 @dataclass(frozen=True)
 class Try:
-    """One line of a trace: two operations, what they come to, and the expression they make."""
+    """One line of a trace: its text, the value it comes to, the expression it stands for, its first operation."""
 
     line: str
     value: int
@@ -77,68 +94,77 @@ class Try:
     first: str
 
 
-def operations(a: int, b: int) -> list[tuple[int, str, str, bool]]:
-    """(result, left sign right template) of every operation on a and b with a natural result."""
+def operations(a: int, b: int) -> list[tuple[int, str, bool]]:
+    """(result, sign, whether b stands left) of each operation with a natural result; the larger stands left."""
     big, small, swapped = (a, b, False) if a >= b else (b, a, True)
     results = [(big + small, "+", swapped), (big - small, "-", swapped), (big * small, "*", swapped)]
-    if small and big % small == 0:
-        results.append((big // small, "/", swapped))
-    return [(value, sign, swapped) for value, sign, swapped in results]
+    return results + ([(big // small, "/", swapped)] if small and big % small == 0 else [])
 
 
 def all_tries(numbers: tuple[int, ...], most: int = 200) -> list[Try]:
-    """Every way to combine three numbers in two operations with natural results up to `most`."""
+    """Every way to combine three numbers in two operations whose result is natural and at most `most`."""
     tries = []
     for rest in range(3):
         a, b = (n for i, n in enumerate(numbers) if i != rest)
-        big, small = max(a, b), min(a, b)
         for between, sign, _ in operations(a, b):
-            first = f"{big}{sign}{small}"
+            first = f"{max(a, b)}{sign}{min(a, b)}"
             for value, last_sign, swapped in operations(between, numbers[rest]):
-                if value > most:
-                    continue
-                inner = f"({first})"
-                c = str(numbers[rest])
-                left, right = (c, inner) if swapped else (inner, c)
-                shown = (c, str(between)) if swapped else (str(between), c)
-                line = f"{first}={between}, {shown[0]}{last_sign}{shown[1]}={value}"
-                tries.append(Try(line, value, f"{left}{last_sign}{right}", first))
+                written = [(str(between), f"({first})"), (str(numbers[rest]), str(numbers[rest]))]
+                (left, left_text), (right, right_text) = reversed(written) if swapped else written
+                line = f"{first}={between}, {left}{last_sign}{right}={value}"
+                if value <= most:
+                    tries.append(Try(line, value, f"{left_text}{last_sign}{right_text}", first))
     return tries
 
 
-def write_trace(problem: Problem, recipe: Recipe, rng: random.Random, practice: bool = False) -> str:
-    """One reasoning trace, from right after `<think>` to the end of the answer."""
-    draw, patience = rng.random(), 14
-    for misses, share in enumerate(() if practice else recipe.patience, start=1):
-        if draw < share:
-            patience = misses
-            break
-        draw -= share
-    guided = 0.0 if practice else recipe.guided
-    numbers = list(problem.numbers)
-    left = all_tries(tuple(numbers))
+def write_trace(problem: Problem, lesson: Lesson, rng: random.Random) -> str:
+    """One trace, from right after `<think>` to the end of the answer."""
+    shares = itertools.accumulate(lesson.patience)
+    draw = rng.random()
+    patience = next((misses for misses, share in enumerate(shares, start=1) if draw < share), 14)
+    orderly = rng.random() < lesson.orderly
+    left = list(dict.fromkeys(all_tries(problem.numbers)))
     lines: list[str] = []
-    while left and len(lines) < patience:
-        kind = rng.random()
-        hits = [t for t in left if t.value == problem.target]
-        if kind < guided and hits:
-            chosen = rng.choice(hits)
-        elif kind < guided + recipe.sensible:
-            first = rng.choice(sorted({t.first for t in left}))
-            chosen = min((t for t in left if t.first == first), key=lambda t: abs(t.value - problem.target))
-        else:
-            chosen = rng.choice(left)
-        left.remove(chosen)
+    hit = False
+    while left and len(lines) < patience and not hit:
+        chosen = best_second(left, left[0].first, problem.target) if orderly else choose_try(
+            left, problem.target, lesson, rng)
+        # an orderly search is done with a first operation once its best try has missed
+        left = [t for t in left if t.first != chosen.first] if orderly else [t for t in left if t != chosen]
         hit = chosen.value == problem.target
         lines.append(f"{chosen.line} {'yes' if hit else 'no'}")
-        if hit:
-            break
     return "\n" + "\n".join(lines) + f"\n</think>\n<answer>{chosen.expression}</answer>"
 
 
-def train_tokenizer(texts: list[str], recipe: Recipe) -> BytePairTokenizer:
-    """Byte-level BPE as in Qwen2.5, but for one thing: it may merge across words, so that the fixed wording of
-    the prompt becomes a handful of tokens. Digits stay single."""
+def choose_try(left: list[Try], target: int, lesson: Lesson, rng: random.Random) -> Try:
+    """The next of the tries that are left."""
+    kind = rng.random()
+    hits = [t for t in left if t.value == target]
+    if hits and kind < lesson.guided:
+        return rng.choice(hits)
+    if kind < lesson.guided + lesson.sensible:
+        return best_second(left, rng.choice(left).first, target)
+    return rng.choice(left)
+
+
+def best_second(left: list[Try], first: str, target: int) -> Try:
+    """Of the tries that begin with `first`, the one that comes nearest to the target."""
+    return min((t for t in left if t.first == first), key=lambda t: abs(t.value - target))
+
+
+# ---------------------------------------------------------------------------------------------- the tokenizer
+
+
+def write_tokenizer(problems: list[Problem], recipe: Recipe, folder: Path) -> Tokenizer:
+    """Train and save a byte-level BPE as in Qwen2.5, digits single, with one difference: merges may cross words.
+
+    So the fixed wording of the prompt becomes a handful of tokens, and a prompt has about 20.
+    """
+    rng = random.Random(recipe.seed)
+    texts = []
+    for problem in rng.choices(problems, k=4000):
+        texts += [f"user\n{question_text(problem)}", f"assistant\n{ASSISTANT_PREFIX}"]
+        texts.append(write_trace(problem, recipe.lessons[0], rng))
     bpe = BytePairTokenizer(models.BPE())
     bpe.normalizer = normalizers.NFC()
     bpe.pre_tokenizer = pre_tokenizers.Sequence([
@@ -146,106 +172,153 @@ def train_tokenizer(texts: list[str], recipe: Recipe) -> BytePairTokenizer:
         pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
     ])
     bpe.decoder = decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(vocab_size=len(alphabet) + recipe.merges, initial_alphabet=sorted(alphabet),
-                                  show_progress=False, max_token_length=1000)
-    bpe.train_from_iterator(texts, trainer)
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    bpe.train_from_iterator(texts, trainers.BpeTrainer(
+        vocab_size=len(alphabet) + recipe.merges, initial_alphabet=alphabet, show_progress=False))
     bpe.add_special_tokens(SPECIAL_TOKENS)
-    return bpe
+    bpe.save(str(folder / "tokenizer.json"))
+    text_end, _, turn_end = (bpe.token_to_id(token) for token in SPECIAL_TOKENS)
+    settings = {"tokenizer_class": "Qwen2Tokenizer", "eos_token": "<|im_end|>", "pad_token": "<|endoftext|>",
+                "model_max_length": 1024, "chat_template": CHAT_TEMPLATE}
+    write_json(folder / "tokenizer_config.json", settings)
+    write_json(folder / "generation_config.json", {"eos_token_id": [turn_end, text_end], "pad_token_id": text_end})
+    return Tokenizer(folder)
 
 
-def encode_batch(bpe_tokenizer: Tokenizer, problems: list[Problem], recipe: Recipe, rng: random.Random, practice: bool):
-    """Fresh traces on random problems: (tokens (rows, T), prompt lengths, total lengths), padded on the right."""
-    rows = []
-    for problem in rng.choices(problems, k=recipe.rows // 2 if practice else recipe.rows):
-        prompt = bpe_tokenizer.encode_prompt(question_text(problem), ASSISTANT_PREFIX)
-        answer = bpe_tokenizer.encode(write_trace(problem, recipe, rng, practice) + "<|im_end|>")
-        rows.append((prompt, answer))
-    return rows
+def write_json(path: Path, content: dict[str, object]) -> None:
+    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+# ------------------------------------------------------------------------------------------------- the lesson
+
+
+def new_model(vocabulary: int, seed: int) -> Qwen2:
+    """A Qwen2 of 0.8M parameters with fresh weights: 4 layers of 128, 8 query heads on 2 kv heads of 16."""
+    config = Qwen2Config(vocab_size=vocabulary, hidden_size=128, intermediate_size=384, num_hidden_layers=4,
+                         num_attention_heads=8, num_key_value_heads=2, head_dim=16, rms_norm_eps=1e-6,
+                         rope_theta=10000.0, tie_word_embeddings=True, max_position_embeddings=1024)
+    model = Qwen2(config)
+    generator = torch.Generator().manual_seed(seed)
+    for name, weight in model.named_parameters():
+        if weight.ndim == 2:  # what is added to the residual stream starts smaller, as in GPT-2
+            added = name.endswith(("out.weight", "down.weight"))
+            std = 0.05 / (2 * config.num_hidden_layers) ** 0.5 if added else 0.05
+            torch.nn.init.normal_(weight, std=std, generator=generator)
+        elif name.endswith("bias"):
+            torch.nn.init.zeros_(weight)
+    return model
+
+
+def batches(tokenizer: Tokenizer, problems: list[Problem], lesson: Lesson, rng: random.Random,
+            ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Endless (tokens, targets), both (rows, T), of fresh traces; targets are -100 but at the traces' own tokens.
+
+    Sixteen batches are drawn at once and cut by length, so that rows of one batch need little padding.
+    """
+    while True:
+        rows = []
+        for problem in rng.choices(problems, k=16 * lesson.rows):
+            prompt = tokenizer.encode_prompt(question_text(problem), ASSISTANT_PREFIX)
+            rows.append((prompt, tokenizer.encode(write_trace(problem, lesson, rng) + "<|im_end|>")))
+        rows.sort(key=lambda row: len(row[0]) + len(row[1]))
+        cuts = [rows[i : i + lesson.rows] for i in range(0, len(rows), lesson.rows)]
+        rng.shuffle(cuts)
+        for cut in cuts:
+            longest = max(len(prompt) + len(trace) for prompt, trace in cut)
+            tokens = torch.zeros(len(cut), longest, dtype=torch.long)
+            targets = torch.full((len(cut), longest), -100)
+            for row, (prompt, trace) in enumerate(cut):
+                end = len(prompt) + len(trace)
+                tokens[row, :end] = torch.tensor(prompt + trace)
+                targets[row, len(prompt) - 1 : end - 1] = torch.tensor(trace)  # position t predicts token t + 1
+            yield tokens, targets
+
+
+def teach(model: Qwen2, tokenizer: Tokenizer, problems: list[Problem], recipe: Recipe) -> None:
+    """Supervised next-token training through all lessons, the learning rate falling linearly to zero."""
+    matrices = [p for p in model.parameters() if p.ndim == 2]
+    others = [p for p in model.parameters() if p.ndim != 2]
+    optimizer = torch.optim.AdamW([{"params": matrices, "weight_decay": 0.05}, {"params": others, "weight_decay": 0}],
+                                  betas=(0.9, 0.98), fused=True)
+    total, step, began = sum(lesson.steps for lesson in recipe.lessons), 0, time.perf_counter()
+    for number, lesson in enumerate(recipe.lessons, start=1):
+        rng = random.Random(f"seed {recipe.seed}, lesson {number}")
+        for tokens, targets in itertools.islice(batches(tokenizer, problems, lesson, rng), lesson.steps):
+            step += 1
+            for group in optimizer.param_groups:
+                group["lr"] = recipe.learning_rate * min(step / recipe.warmup_steps, 1 - (step - 1) / total)
+            told = targets >= 0
+            loss = F.cross_entropy(head_logits(model(tokens)[told], model.head), targets[told])
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+            if step % 100 == 0:
+                print(f"step {step}/{total}  loss {loss.item():.4f}  {time.perf_counter() - began:.0f}s", flush=True)
+
+
+# ----------------------------------------------------------------------------------------------- looking at it
+
+LINE = re.compile(r"(\d+)([-+*/])(\d+)=(\d+), (\d+)([-+*/])(\d+)=(\d+) (yes|no)")
+
+
+def examine(model: Qwen2, tokenizer: Tokenizer, problems: list[Problem], temperature: float) -> None:
+    """Print how the model answers: success, form, how many sums are right, and how many claims are honest."""
+    prompts = [tokenizer.encode_prompt(question_text(problem), ASSISTANT_PREFIX) for problem in problems]
+    uniforms = torch.rand(len(problems), 320, generator=torch.Generator().manual_seed(0))
+    answers = generate(model, prompts, uniforms, tokenizer.end_ids, len(tokenizer), Sampling(temperature))
+    texts = [tokenizer.decode(a.ids[:-1] if a.ended else a.ids) for a in answers]
+    rewards = [grade(t, a.ended, p) for t, a, p in zip(texts, answers, problems, strict=True)]
+    lines = [(found, problem) for text, problem in zip(texts, problems, strict=True) for found in LINE.findall(text)]
+    sums = [right(*found[i : i + 4]) for found, _ in lines for i in (0, 4)]
+    claims = [int(found[7]) == problem.target for found, problem in lines if found[8] == "yes"]
+    denials = [int(found[7]) != problem.target for found, problem in lines if found[8] == "no"]
+    print(f"temperature {temperature:g}: success {mean([r.correct for r in rewards]):.1%}, "
+          f"format {mean([r.format > 0 for r in rewards]):.1%}, {mean([len(a.ids) for a in answers]):.0f} tokens, "
+          f"{len(lines) / len(problems):.1f} tries an answer, sums right {mean(sums):.2%}, "
+          f"`yes` true {mean(claims):.1%} of {len(claims)}, `no` true {mean(denials):.1%} of {len(denials)}")
+    for problem, text in list(zip(problems, texts, strict=True))[:2]:
+        print(f"--- {problem}\n<think>{text}")
+
+
+def right(a: str, sign: str, b: str, result: str) -> bool:
+    """Whether a sum that the model wrote is right."""
+    x, y, z = int(a), int(b), int(result)
+    return z * y == x and y != 0 if sign == "/" else z == {"+": x + y, "-": x - y, "*": x * y}[sign]
+
+
+def mean(values: list) -> float:
+    return sum(values) / max(1, len(values))
+
+
+def write_problems(problems: list[Problem], path: Path) -> None:
+    """Problems in the schema of the public data set: columns nums and target."""
+    pandas.DataFrame({"nums": [list(p.numbers) for p in problems], "target": [p.target for p in problems]}).to_parquet(
+        path, index=False)
 
 
 def main() -> None:
-    p = argparse.ArgumentParser()
-    p.add_argument("--out", default="tiny")
-    for f in Recipe.__dataclass_fields__.values():
-        if f.name != "patience":
-            p.add_argument("--" + f.name, type=type(f.default), default=f.default)
-        else:
-            p.add_argument("--patience", type=lambda s: tuple(map(float, s.split(","))), default=f.default)
-    a = vars(p.parse_args()); out = Path(a.pop("out")); recipe = Recipe(**a)
+    parser = argparse.ArgumentParser(description="Make the tiny checkpoint, or look at how a model answers.")
+    parser.add_argument("--out", type=Path, default=Path("tiny"), help="the folder to write")
+    parser.add_argument("--examine", type=Path, metavar="FOLDER", help="only look at the model in this folder")
+    arguments = parser.parse_args()
+    recipe = Recipe()
     torch.set_num_threads(recipe.threads)
-    problems = generate_problems(3, 1, 15, 10, 100)
-    train, held = split_problems(problems, 512)
-    rng = random.Random(recipe.seed)
-    texts = []
-    for pr in rng.choices(train, k=4000):
-        texts += ["user\n" + question_text(pr), "assistant\n" + ASSISTANT_PREFIX, write_trace(pr, recipe, rng)]
-    bpe = train_tokenizer(texts, recipe)
-    out.mkdir(parents=True, exist_ok=True)
-    import json
-    bpe.save(str(out / "tokenizer.json"))
-    (out/"tokenizer_config.json").write_text(json.dumps({"tokenizer_class":"Qwen2Tokenizer","eos_token":"<|im_end|>","pad_token":"<|endoftext|>","chat_template":CHAT_TEMPLATE},indent=2))
-    ids=[bpe.token_to_id(s) for s in SPECIAL_TOKENS]
-    (out/"generation_config.json").write_text(json.dumps({"eos_token_id":[ids[2],ids[0]],"pad_token_id":ids[0]},indent=2))
-    tok = Tokenizer(out)
-    torch.manual_seed(recipe.seed)
-    cfg = Qwen2Config(len(tok), recipe.hidden, recipe.inner, recipe.layers, recipe.hidden//32, 1, 32, 1e-6, 1e4, True, 1024)
-    model = Qwen2(cfg)
-    for n, q in model.named_parameters():
-        if q.ndim == 2: torch.nn.init.normal_(q, std=0.02 if 'embed' in n else q.shape[1]**-0.5 * (0.5 if ('out' in n or 'down' in n) else 1))
-        elif 'bias' in n: torch.nn.init.zeros_(q)
-    print(sum(q.numel() for q in model.parameters()), len(tok))
-    if recipe.init:
-        from checkpoint import load_model
-        model.load_state_dict(load_model(recipe.init, torch.device('cpu'), torch.float32).state_dict())
-    decay=[q for q in model.parameters() if q.ndim==2]; rest=[q for q in model.parameters() if q.ndim!=2]
-    opt = torch.optim.AdamW([{'params':decay,'weight_decay':0.05},{'params':rest,'weight_decay':0.0}], lr=recipe.learning_rate, betas=(0.9, 0.98), fused=True)
-    t0 = time.time(); seen = 0
-    queue = []
-    for step in range(recipe.steps):
-        if not queue:
-            rows = []
-            for _ in range(16): rows += encode_batch(tok, train, recipe, rng, step < recipe.practice)
-            rows.sort(key=lambda r: len(r[0]) + len(r[1]))
-            queue = [rows[i:i+n] for n in [recipe.rows // 2 if step < recipe.practice else recipe.rows] for i in range(0, len(rows), n)]; rng.shuffle(queue)
-        batch = queue.pop()
-        T = max(len(p)+len(r) for p, r in batch)
-        x = torch.zeros(len(batch), T, dtype=torch.long); y = torch.full((len(batch), T), -100)
-        for i, (pp, rr) in enumerate(batch):
-            x[i, :len(pp)+len(rr)] = torch.tensor(pp+rr); y[i, len(pp)-1:len(pp)+len(rr)-1] = torch.tensor(rr)
-        w = (step+1)/100 if step < 100 else max(0.0, 1-(step-100)/(recipe.steps-100))
-        for g in opt.param_groups: g['lr'] = recipe.learning_rate*min(1,w)
-        h = model(x); m = y >= 0
-        loss = F.cross_entropy(head_logits(h[m], model.head), y[m])
-        loss.backward(); torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0); opt.step(); opt.zero_grad()
-        seen += int(m.sum())
-        if step % 100 == 99: print(step+1, f"loss {loss.item():.4f} {time.time()-t0:.0f}s {seen/(time.time()-t0):.0f} tok/s", flush=True)
-        if step % 1000 == 999 or step in (recipe.steps-1, recipe.practice-1): 
-            write_model(model, out, ids[2], ids[0]); report(model, tok, held, recipe)
-
-
-def report(model, tok, held, recipe):
-    import re
-    for temp in (1.0, 0.0):
-        prompts = [tok.encode_prompt(question_text(q), ASSISTANT_PREFIX) for q in held]
-        u = torch.rand(len(held), 320, generator=torch.Generator().manual_seed(1))
-        t=time.time()
-        out = generate(model, prompts, u, tok.end_ids, len(tok), Sampling(temp))
-        dt=time.time()-t
-        texts=[tok.decode(o.ids[:-1] if o.ended else o.ids) for o in out]
-        rw=[grade(tx, o.ended, q) for tx,o,q in zip(texts,out,held)]
-        good=bad=claims=honest=lines=0
-        for tx,q in zip(texts,held):
-            for l in re.findall(r"\n(\d+[-+*/]\d+=\d+, \d+[-+*/]\d+=\d+) (yes|no)", tx):
-                lines+=1
-                a,b=l[0].split(", "); 
-                def val(e):
-                    x,v=e.split("="); m=re.match(r"(\d+)([-+*/])(\d+)",x); i,j=int(m[1]),int(m[3])
-                    return {'+':i+j,'-':i-j,'*':i*j,'/':i/j if j else None}[m[2]]==int(v)
-                good+=val(a)+val(b); bad+=2-val(a)-val(b)
-                if l[1]=='yes': claims+=1; honest+=int(b.split("=")[1])==q.target
-        print(f"T={temp} success {sum(r.correct for r in rw)/len(rw):.3f} format {sum(r.format>0 for r in rw)/len(rw):.3f} arith {good/max(1,good+bad):.4f} lines/answer {lines/len(rw):.2f} claims {claims/len(rw):.3f} honest {honest/max(1,claims):.3f} len {sum(len(o.ids) for o in out)/len(out):.1f} {dt:.1f}s", flush=True)
-    print(texts[0], flush=True); print(texts[1], flush=True)
+    problems = generate_problems(count=3, low=1, high=15, target_low=10, target_high=100)
+    training, held_out = split_problems(problems, HELD_OUT)
+    if arguments.examine:
+        model = load_model(arguments.examine, torch.device("cpu"), torch.float32)
+        tokenizer = Tokenizer(arguments.examine)
+    else:
+        arguments.out.mkdir(parents=True, exist_ok=True)
+        tokenizer = write_tokenizer(training, recipe, arguments.out)
+        model = new_model(len(tokenizer), recipe.seed)
+        teach(model, tokenizer, training, recipe)
+        write_model(model, arguments.out, tokenizer.end_ids[1], tokenizer.end_ids[0])
+        write_problems(problems, arguments.out / "problems.parquet")
+        write_problems(training, arguments.out / "sft_problems.parquet")
+    for temperature in (1.0, 0.0):
+        examine(model, tokenizer, held_out, temperature)
 
 
 if __name__ == "__main__":

@@ -46,42 +46,43 @@ class Answer:
     ended: bool
 
 
-def sampling_logprobs(logits: Tensor, sampling: Sampling, keep: Tensor | None = None) -> Tensor:
-    """Logprobs (rows, V), fp32, of the distribution that `sampling` draws from, given logits (rows, V).
+def warp(logits: Tensor, sampling: Sampling, keep: Tensor | None = None) -> Tensor:
+    """Logits (rows, V) of the distribution that `sampling` draws from: tempered, what top-k and top-p cut at -inf.
 
     The trainer calls this too, so sampler and trainer speak of the same distribution. `keep` (rows,) are tokens
-    that top-k and top-p never exclude: those already drawn, which rounding could push over the edge.
+    that are never cut: those already drawn, which rounding could push over the edge of the top-p set.
     """
-    logits = logits / (sampling.temperature or 1.0)
-    cut = torch.zeros_like(logits, dtype=torch.bool)
-    if 0 < sampling.top_k < logits.shape[-1]:
-        cut |= logits < logits.topk(sampling.top_k, dim=-1).values[:, -1:]
-    if sampling.top_p < 1.0:
-        ordered, order = logits.masked_fill(cut, -torch.inf).sort(dim=-1, descending=True)
-        before = ordered.softmax(dim=-1).cumsum(dim=-1) - ordered.softmax(dim=-1)
-        cut |= torch.zeros_like(cut).scatter(-1, order, before >= sampling.top_p)
-    if sampling.top_k or sampling.top_p < 1.0:
-        if keep is not None:
-            cut = cut.scatter(-1, keep[:, None], False)
-        logits = logits.masked_fill(cut, -torch.inf)
-    return logits.log_softmax(dim=-1)
+    if sampling.temperature not in (0.0, 1.0):
+        logits = logits / sampling.temperature
+    if not 0 < sampling.top_k < logits.shape[-1] and sampling.top_p == 1.0:
+        return logits
+    ordered, order = logits.sort(dim=-1, descending=True, stable=True)  # (rows, V), likeliest first
+    out = torch.zeros_like(ordered, dtype=torch.bool)
+    if sampling.top_k:
+        out[:, sampling.top_k :] = True
+    probability = ordered.masked_fill(out, -torch.inf).softmax(dim=-1)
+    out |= probability.cumsum(dim=-1) - probability >= sampling.top_p  # what stands before it is enough already
+    cut = torch.zeros_like(out).scatter(-1, order, out)
+    if keep is not None:
+        cut = cut.scatter(-1, keep[:, None], False)
+    return logits.masked_fill(cut, -torch.inf)
 
 
 def draw(logits: Tensor, uniform: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor]:
-    """Tokens (rows,) and their logprobs (rows,) from logits (rows, V) and uniform numbers (rows,) in [0, 1).
+    """Tokens (rows,) and their logprobs (rows,) from fp32 logits (rows, V) and uniform numbers (rows,) in [0, 1).
 
     Inverse CDF: the token whose stretch of the cumulated probability holds the row's number.
     """
-    logprobs = sampling_logprobs(logits, sampling)
+    probability = warp(logits, sampling).softmax(dim=-1)
     if sampling.temperature == 0:
         tokens = logits.argmax(dim=-1)
     else:
-        cdf = logprobs.exp().cumsum(dim=-1)
+        cdf = probability.cumsum(dim=-1)
         total = cdf[:, -1:]
         # below the total by at least one float, so that rounding never lands past the last possible token
         point = torch.minimum(uniform[:, None] * total, total.nextafter(torch.zeros_like(total)))
         tokens = torch.searchsorted(cdf, point, right=True)[:, 0]
-    return tokens, logprobs.gather(-1, tokens[:, None])[:, 0]
+    return tokens, probability.gather(-1, tokens[:, None])[:, 0].log()
 
 
 class KVCache:
@@ -152,7 +153,7 @@ class Decoder:
         self.tokens = torch.zeros(count, length, dtype=torch.long, device=device)  # by answer, not by slot
         self.logprobs = torch.zeros(count, length, dtype=torch.float32, device=device)
         self.lengths = torch.zeros(count, dtype=torch.long, device=device)
-        self.active, self.done_steps = count, 0
+        self.active = count
 
     def record(self, logits: Tensor) -> None:
         """Draw each active slot's next token from logits (active, V) and write it down; no host synchronisation."""
@@ -184,15 +185,48 @@ class Decoder:
         movers = count + alive[count:].nonzero()[:, 0]
         if len(holes):
             self.cache.move(movers, holes, int(self.cache.column))
-            for per_slot in (self.rows, self.position, self.alive, self.last):
+            self.rows[holes], self.rows[movers] = self.rows[movers], self.rows[holes]  # each answer keeps one slot
+            for per_slot in (self.position, self.last, self.alive):
                 per_slot[holes] = per_slot[movers]
+            self.alive[movers] = False
         self.active = count
+
+
+class GraphedSteps:
+    """Decode steps on CUDA, recorded once as a CUDA graph and replayed.
+
+    A step of a 36-layer model is about a thousand kernels; launched one by one from Python they would take longer to
+    launch than to run. A graph has fixed shapes, so rows and columns are rounded up to buckets: slots whose answer has
+    ended and columns still empty ride along. The graphs of one rollout share a memory pool and go with it.
+    """
+
+    ROWS, COLUMNS = 32, 128
+
+    def __init__(self, decoder: Decoder) -> None:
+        self.decoder = decoder
+        self.graphs: dict[tuple[int, int], torch.cuda.CUDAGraph | None] = {}
+        self.pool = torch.cuda.graph_pool_handle()
+
+    def step(self, rows: int, columns: int) -> None:
+        rows = min(math.ceil(rows / self.ROWS) * self.ROWS, len(self.decoder.rows))
+        columns = min(math.ceil(columns / self.COLUMNS) * self.COLUMNS, len(self.decoder.cache.columns))
+        bucket = (rows, columns)
+        if bucket not in self.graphs:
+            self.graphs[bucket] = None  # the first step of a bucket runs as usual: it warms the kernels up
+            self.decoder.step(rows, columns)
+            return
+        graph = self.graphs[bucket]
+        if graph is None:
+            graph = self.graphs[bucket] = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, pool=self.pool):  # recording runs nothing
+                self.decoder.step(rows, columns)
+        graph.replay()
 
 
 @torch.no_grad()
 def generate(model: Qwen2, prompts: Sequence[Sequence[int]], uniforms: Tensor, end_ids: Sequence[int],
              vocabulary: int, sampling: Sampling, cache_bytes: float = math.inf, compact: bool = True,
-             on_tokens: Callable[[int], object] = lambda count: None) -> list[Answer]:
+             graphs: bool = True, on_tokens: Callable[[int], object] = lambda count: None) -> list[Answer]:
     """Sample answers to `prompts`, as many to each as there are rows of uniform numbers for it.
 
     uniforms: (questions * group, max_new_tokens) fp32 in [0, 1), the rows of one question together. vocabulary: how
@@ -201,11 +235,12 @@ def generate(model: Qwen2, prompts: Sequence[Sequence[int]], uniforms: Tensor, e
     """
     group = len(uniforms) // len(prompts)
     row_bytes = cache_bytes_per_row(model, max(map(len, prompts)) + uniforms.shape[1])
-    wave = max(1, min(len(prompts), int(cache_bytes // (group * row_bytes)))) if cache_bytes < math.inf else len(prompts)
+    wave = int(max(1, min(len(prompts), cache_bytes // (group * row_bytes))))  # questions at a time
     answers = []
     for first in range(0, len(prompts), wave):
         numbers = uniforms[first * group : (first + wave) * group]
-        decoder = decode(model, prompts[first : first + wave], numbers, end_ids, vocabulary, sampling, compact, on_tokens)
+        decoder = decode(model, prompts[first : first + wave], numbers, end_ids, vocabulary, sampling, compact, graphs,
+                         on_tokens)
         answers += collect(decoder, first, group, end_ids)
     return answers
 
@@ -218,7 +253,7 @@ def cache_bytes_per_row(model: Qwen2, columns: int) -> int:
 
 
 def decode(model: Qwen2, prompts: Sequence[Sequence[int]], uniforms: Tensor, end_ids: Sequence[int], vocabulary: int,
-           sampling: Sampling, compact: bool, on_tokens: Callable[[int], object]) -> Decoder:
+           sampling: Sampling, compact: bool, graphs: bool, on_tokens: Callable[[int], object]) -> Decoder:
     """One wave, from its prompts to the Decoder that holds its answers."""
     device = model.embed.weight.device
     uniforms = uniforms.to(device)
@@ -234,13 +269,17 @@ def decode(model: Qwen2, prompts: Sequence[Sequence[int]], uniforms: Tensor, end
     hidden = model(padded, attend=cache.attend_prompt)  # (questions, P, hidden)
     last = hidden[torch.arange(len(prompts), device=device), lengths - 1]
     decoder.record(head_logits(last, decoder.head).repeat_interleave(cache.group, dim=0))
-    sampled, check_every = 1, CHECK_EVERY.get(device.type, CHECK_EVERY_ELSEWHERE)
+    step = GraphedSteps(decoder).step if graphs and device.type == "cuda" else decoder.step
+    on_tokens(len(uniforms))
+    sampled, counted, check_every = 1, len(uniforms), CHECK_EVERY.get(device.type, CHECK_EVERY_ELSEWHERE)
     while sampled < max_new and decoder.active:
         burst = min(check_every, max_new - sampled)
         for _ in range(burst):
-            decoder.step(decoder.active, cache.prompt_columns + sampled)
+            step(decoder.active, cache.prompt_columns + sampled)
             sampled += 1
-        on_tokens(burst * decoder.active)
+        written = int(decoder.lengths.sum())  # not what rows computed after their end
+        on_tokens(written - counted)
+        counted = written
         if compact or not decoder.alive.any():
             decoder.drop_finished()
     return decoder

@@ -154,12 +154,12 @@ def evaluate_twice(run: Run, logbook: Logbook) -> dict[str, float]:
             **results[configured]}
 
 
-def main() -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Train a Qwen2.5 model with GRPO on Countdown.")
     parser.add_argument("--config", required=True, help="a YAML file such as config_tiny.yml")
     parser.add_argument("--name", help="the run's folder under output.folder; default: the time")
     parser.add_argument("overrides", nargs="*", help="settings that replace the file's: rollout.group_size=32")
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(argv)
     try:
         train(load_config(arguments.config, arguments.overrides), arguments.name)
     except UserError as error:
