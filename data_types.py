@@ -109,6 +109,8 @@ class TrainSettings:
     warmup_steps: int = setting(0, "the learning rate rises linearly over so many steps", at_least=0)
     schedule: str = setting("constant", "the learning rate after the warm-up", choices=("constant", "cosine"))
     weight_decay: float = setting(0.0, "pull of the weights to zero, times the learning rate", at_least=0)
+    optimizer: str = setting("master", "where AdamW keeps what bf16 weights lack: see optimizer.py",
+                             choices=("master", "split", "offload"))
     beta1: float = setting(0.9, "decay of AdamW's mean of the gradients", at_least=0, below=1)
     beta2: float = setting(0.999, "decay of AdamW's mean of the squared gradients", at_least=0, below=1)
     max_grad_norm: float = setting(1.0, "a longer gradient is scaled down to this length", above=0)
@@ -199,6 +201,8 @@ def load_config(path: str, overrides: Sequence[str] = ()) -> Config:
     size, held_out = config.eval.size, config.data.held_out
     if size > held_out:
         raise UserError(f"{path}: eval.size is {size}; it must be at most data.held_out, which is {held_out}")
+    if config.train.optimizer == "split" and config.model.dtype != "bfloat16":
+        raise UserError(f"{path}: train.optimizer split is for model.dtype bfloat16; fp32 weights need master")
     return config
 
 

@@ -27,7 +27,7 @@ from countdown_task import ASSISTANT_PREFIX, grade, load_problems, problem_order
 from data_types import Config, Episode, Problem, UserError, load_config
 from grpo import assign_advantages, policy_gradient
 from logbook import Logbook, episode_metrics
-from optimizer import learning_rate, make_optimizer, set_learning_rate
+from optimizer import AdamW, learning_rate
 from qwen2_model import Qwen2
 from rollout import Sampling, generate
 from tokenizer import Tokenizer
@@ -40,7 +40,7 @@ class Run:
     config: Config
     policy: Qwen2
     tokenizer: Tokenizer
-    optimizer: torch.optim.Optimizer
+    optimizer: AdamW
     training: list[Problem]
     held_out: list[Problem]
 
@@ -62,7 +62,7 @@ def train(config: Config, name: str | None) -> None:
             zero_spread = assign_advantages(episodes, config.train.divide_by_std)
 
             with logbook.phase("update") as updating:
-                set_learning_rate(run.optimizer, learning_rate(step, config.train))
+                run.optimizer.param_groups[0]["lr"] = learning_rate(step, config.train)
                 update = policy_gradient(run.policy, run.optimizer, episodes, len(run.tokenizer), distribution,
                                          config.train, updating.count)
 
@@ -91,7 +91,7 @@ def set_up(config: Config) -> Run:
     if len(tokenizer) > policy.config.vocab_size:
         raise UserError(f"{config.model.path}: the tokenizer has {len(tokenizer)} ids, but vocab_size in config.json "
                         f"is {policy.config.vocab_size}; tokenizer and weights must belong together")
-    return Run(config, policy, tokenizer, make_optimizer(policy, config.train), training, held_out[: config.eval.size])
+    return Run(config, policy, tokenizer, AdamW(policy.parameters(), config.train), training, held_out[: config.eval.size])
 
 
 def find_device(name: str) -> torch.device:
