@@ -17,7 +17,6 @@ Left out: credit for near misses (the policy would learn to miss nearly) and the
 some numbers may stay unused (the public data set does not have it).
 """
 
-import errno
 import hashlib
 import itertools
 import os
@@ -31,15 +30,9 @@ from pathlib import Path
 
 import numpy
 import pandas
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import (
-    GatedRepoError,
-    LocalEntryNotFoundError,
-    RepositoryNotFoundError,
-    RevisionNotFoundError,
-)
 
 from data_types import Problem, Reward, UserError
+from hub import HUB_ID, download, one_line
 
 # ---------------------------------------------------------------------------------------------- the question
 
@@ -190,13 +183,6 @@ def reachable_values(numbers: tuple[int, ...]) -> set[Fraction]:
 # ------------------------------------------------------------------------------------- problems from parquet
 
 MAX_NUMBER = 1_000_000  # of a problem's numbers and its target; more is a mistake in the data, not a puzzle
-HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+(?<!\.parquet)", re.ASCII)
-HUB_ADVICE = (  # the first kind that fits counts
-    (GatedRepoError, "its owner asks for consent: accept the terms on its page, then set HF_TOKEN"),
-    (RepositoryNotFoundError, "no folder here, no data set there you may see: check data.path, set HF_TOKEN"),
-    (RevisionNotFoundError, "it has no such revision: set data.revision to a branch, tag or commit of it"),
-    (LocalEntryNotFoundError, "not cached, no way to the hub: check network, HF_ENDPOINT, HF_HUB_OFFLINE"),
-)
 
 
 def load_problems(
@@ -234,8 +220,8 @@ def _parquet_files(path: str, revision: str | None) -> list[Path]:
         return [Path(path)]
     if os.path.isdir(path):
         folder = Path(path)
-    elif HUB_ID.fullmatch(path):
-        folder = Path(_download_dataset(path, revision))
+    elif HUB_ID.fullmatch(path) and not path.endswith(".parquet"):
+        folder = download("data", path, revision, ["*.parquet"])
     else:
         raise UserError(f"{path}: no such file or folder, nor a hub data set (owner/name): set data.path")
     files = sorted(file for file in folder.rglob("*.parquet") if file.is_file())
@@ -244,24 +230,12 @@ def _parquet_files(path: str, revision: str | None) -> list[Path]:
     return files
 
 
-def _download_dataset(name: str, revision: str | None) -> str:
-    """The folder of the data set in the hub's cache, after fetching what is missing there."""
-    try:
-        return snapshot_download(name, repo_type="dataset", revision=revision, allow_patterns=["*.parquet"])
-    except Exception as error:  # the hub's, the HTTP client's and the system's errors have no common base
-        advice = next((text for kind, text in HUB_ADVICE if isinstance(error, kind)), _one_line(error))
-        if getattr(error, "errno", None) == errno.ENOSPC:
-            advice = "the disk is full: free some space or set HF_HOME to a folder on another disk"
-        at_revision = f" at revision {revision}" if revision else ""
-        raise UserError(f"{name}{at_revision}: cannot get this data set from the hub: {advice}") from error
-
-
 def _read_parquet(file: Path) -> list[Problem]:
     try:
         table = pandas.read_parquet(file, columns=["nums", "target"])
     except Exception as error:  # a damaged file comes out as almost any kind of error
         raise UserError(
-            f"{file}: not a readable parquet file with columns 'nums' and 'target' ({_one_line(error)})"
+            f"{file}: not a readable parquet file with columns 'nums' and 'target' ({one_line(error)})"
         ) from error
     problems, faults = [], []
     for row, (numbers, target) in enumerate(zip(table["nums"].tolist(), table["target"].tolist())):
@@ -290,11 +264,6 @@ def _whole_number(value: object, column: str) -> int:
     if type(value) is not int or not 1 <= value <= MAX_NUMBER:
         raise ValueError(f"{column} holds {ascii(value):.60}, not a whole number from 1 to {MAX_NUMBER:,}")
     return value
-
-
-def _one_line(error: Exception) -> str:
-    """The error's kind and the start of its message, without line breaks."""
-    return " ".join(f"{type(error).__name__}: {error}".split())[:200]
 
 
 # ------------------------------------------------------------------------------------ the split and the order

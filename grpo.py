@@ -23,7 +23,7 @@ from data_types import Episode, TrainSettings
 from qwen2_model import Qwen2, head_logits
 from rollout import Sampling, warp
 
-CHUNK_TOKENS = 2048  # tokens whose full-vocabulary logits exist at the same time
+CHUNK_TOKENS = 512  # tokens whose full-vocabulary logits exist at the same time
 
 
 def advantages(rewards: Tensor, groups: Tensor, divide_by_std: bool = True) -> tuple[Tensor, int]:

@@ -30,13 +30,19 @@ def printable(text: str) -> str:
     return "".join(c if c.isprintable() or c == "\n" else ascii(c)[1:-1] for c in text)
 
 
-class Logbook:
-    """The run folder `config.output.folder`/`name`; a context manager that closes its files."""
+def new_run_folder(config: Config, name: str | None) -> Path:
+    """Where a run is written, `config.output.folder`/`name` (default: the time); UserError if a run is there already."""
+    folder = Path(config.output.folder) / (name or time.strftime("%Y-%m-%d_%H-%M-%S"))
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise UserError(f"{folder} already holds a run; choose another --name, or remove the folder")
+    return folder
 
-    def __init__(self, config: Config, name: str | None) -> None:
-        self.folder = Path(config.output.folder) / (name or time.strftime("%Y-%m-%d_%H-%M-%S"))
-        if self.folder.exists() and any(self.folder.iterdir()):
-            raise UserError(f"{self.folder} already holds a run; choose another --name, or remove the folder")
+
+class Logbook:
+    """The files of a run in its folder; a context manager that closes them."""
+
+    def __init__(self, config: Config, folder: Path) -> None:
+        self.folder = folder
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             (self.folder / "config.yml").write_text(dump_config(config), encoding="utf-8")

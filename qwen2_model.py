@@ -19,6 +19,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import FunctionCtx
 from torch.utils.checkpoint import checkpoint
 
 # attend(layer index, q, k, v) -> attention output; q and the output are (B, query heads, T, D), k and v
@@ -175,5 +176,20 @@ def head_logits(hidden: Tensor, head: Tensor) -> Tensor:
     hand out the fp32 sums of a bf16 product; elsewhere both sides are widened first.
     """
     if hidden.is_cuda and hidden.dtype != torch.float32:
-        return torch.mm(hidden, head.t(), out_dtype=torch.float32)
+        return WideProduct.apply(hidden, head)
     return hidden.float() @ head.float().t()
+
+
+class WideProduct(torch.autograd.Function):
+    """hidden @ head.T of bf16 matrices, its fp32 sums kept. torch has this product but not its gradient."""
+
+    @staticmethod
+    def forward(context: FunctionCtx, hidden: Tensor, head: Tensor) -> Tensor:
+        context.save_for_backward(hidden, head)
+        return torch.mm(hidden, head.t(), out_dtype=torch.float32)
+
+    @staticmethod
+    def backward(context: FunctionCtx, gradient: Tensor) -> tuple[Tensor, Tensor]:
+        hidden, head = context.saved_tensors
+        gradient = gradient.to(hidden.dtype)  # (rows, V)
+        return gradient @ head, gradient.t() @ hidden

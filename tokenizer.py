@@ -1,10 +1,11 @@
 """Text to token ids and back, and chats to prompts, from a Hugging Face model folder.
 
-The byte-pair encoding itself is the `tokenizers` library reading tokenizer.json. Around it stands what a trainer
-needs: the model's own chat template (a jinja2 template that ships with the weights, so it runs in jinja2's sandbox:
-a template is data from the internet), and the ids that end an answer.
+The byte-pair encoding itself is the `tokenizers` library reading tokenizer.json. Around it stands what a
+trainer needs: the model's own chat template (a jinja2 template that ships with the weights, so it runs in
+jinja2's sandbox: a template is data from the internet), and the ids that end an answer.
 
-Left out: truncation, padding and batching (masks come from lengths, see rollout.py), and tool calls in chats.
+Left out: truncation, padding and batching (masks come from lengths, see rollout.py), and tools in chats. The
+sandbox keeps a template away from all but its own variables; it does not keep one from being slow.
 """
 
 import json
@@ -21,13 +22,20 @@ from data_types import UserError
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json")
 
 
+def read_text(path: Path) -> str:
+    """The text of a file; UserError names the file if it is missing or cannot be read."""
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:  # ValueError: not UTF-8
+        raise UserError(f"{path}: cannot be read: {getattr(error, 'strerror', error)}") from None
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """The JSON object in a file; UserError names the file if it is missing or holds anything else."""
+    text = read_text(path)
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"{path}: file not found; a model folder needs it") from None
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+        content = json.loads(text)
+    except (ValueError, RecursionError) as error:  # ValueError: not JSON, or a number of thousands of digits
         raise UserError(f"{path}: cannot be read as JSON ({error})") from None
     if not isinstance(content, dict):
         raise UserError(f"{path}: must hold a JSON object, found {type(content).__name__}")
@@ -41,16 +49,14 @@ class Tokenizer:
     """
 
     def __init__(self, folder: str | Path) -> None:
-        folder = Path(folder)
-        path = folder / "tokenizer.json"
-        read_json(path)  # names the file when it is missing or broken, which the library does not
-        try:
-            self._bpe = BytePairTokenizer.from_file(str(path))
-        except Exception as error:  # the library raises bare Exception for any malformed content
-            raise UserError(f"{path}: not a tokenizer that the tokenizers library can read ({error})") from None
-        self._settings = read_json(folder / "tokenizer_config.json")
-        self._template = compile_template(chat_template_text(folder, self._settings), folder)
-        self.end_ids = self._find_end_ids(folder)
+        self._folder = Path(folder)
+        self._bpe = load_bpe(self._folder / "tokenizer.json")
+        settings = read_json(self._folder / "tokenizer_config.json")
+        named = {key: value for key, value in settings.items() if key.endswith("_token")}
+        texts = {key: v.get("content") if isinstance(v, dict) else v for key, v in named.items()}
+        self._special_tokens = {key: text for key, text in texts.items() if isinstance(text, str)}
+        self._template = compile_template(self._folder, settings)
+        self.end_ids = self._find_end_ids()
 
     def __len__(self) -> int:
         return self._bpe.get_vocab_size(with_added_tokens=True)
@@ -65,53 +71,54 @@ class Tokenizer:
 
     def render_chat(self, messages: Sequence[dict[str, str]], add_generation_prompt: bool = True) -> str:
         """The model's own chat template applied to messages such as {"role": "user", "content": "..."}."""
-        specials = {name: self._special_token(name) for name in ("bos_token", "eos_token", "pad_token", "unk_token")}
-        try:
-            return self._template.render(
-                messages=list(messages),
-                add_generation_prompt=add_generation_prompt,
-                **{name: text for name, text in specials.items() if text is not None},
-            )
-        except (jinja2.TemplateError, TypeError, ValueError, KeyError, ArithmeticError, RecursionError) as error:
-            raise UserError(f"the model's chat template fails on a plain chat: {error}") from None
+        try:  # tools: templates ask whether they are None
+            text = self._template.render(self._special_tokens, messages=list(messages), tools=None,
+                                         add_generation_prompt=add_generation_prompt)
+            text.encode()  # half of a surrogate pair is no text
+        except Exception as error:  # a template is a foreign program, which may raise anything
+            raise UserError(f"{self._folder}: the chat template fails: {str(error)[:200]}") from None
+        return text
 
     def encode_prompt(self, question: str, assistant_prefix: str) -> list[int]:
         """Ids of a one-question chat whose assistant turn is already opened with `assistant_prefix`."""
         return self.encode(self.render_chat([{"role": "user", "content": question}]) + assistant_prefix)
 
-    def _special_token(self, name: str) -> str | None:
-        token = self._settings.get(name)
-        return token.get("content") if isinstance(token, dict) else token
-
-    def _find_end_ids(self, folder: Path) -> list[int]:
-        """The ids of generation_config.json's eos_token_id (a number or a list) and the tokenizer's eos_token."""
-        path = folder / "generation_config.json"
-        listed = read_json(path).get("eos_token_id", []) if path.exists() else []
-        ids = set(listed if isinstance(listed, list) else [listed]) - {None}
+    def _find_end_ids(self) -> list[int]:
+        """The ids in generation_config.json's eos_token_id (one or a list) and of the eos_token."""
+        path = self._folder / "generation_config.json"
+        listed = read_json(path).get("eos_token_id") if path.exists() else None
+        ids = listed if isinstance(listed, list) else [] if listed is None else [listed]
         if not all(type(i) is int and 0 <= i < len(self) for i in ids):
-            raise UserError(f"{path}: eos_token_id {listed} must be ids of the tokenizer, 0 to {len(self) - 1}")
-        eos = self._special_token("eos_token")
-        if eos is not None and (eos_id := self._bpe.token_to_id(eos)) is not None:
-            ids.add(eos_id)
-        if not ids:
-            raise UserError(f"{folder}: no end token: generation_config.json or tokenizer_config.json must name one")
-        return sorted(ids)
+            raise UserError(f"{path}: eos_token_id is {listed}; the tokenizer's ids are 0 to {len(self) - 1}")
+        eos = self._special_tokens.get("eos_token")
+        eos_ids = [] if eos is None else [self._bpe.token_to_id(eos)]
+        if None in eos_ids or not ids + eos_ids:
+            raise UserError(f"{self._folder}: tokenizer_config.json names no eos_token of tokenizer.json")
+        return sorted({*ids, *eos_ids})
 
 
-def chat_template_text(folder: Path, settings: dict[str, Any]) -> str:
-    """The template's source, from chat_template.jinja or from tokenizer_config.json."""
+def load_bpe(path: Path) -> BytePairTokenizer:
+    """The tokenizer of tokenizer.json, without the truncation and padding that its last user may have set."""
+    read_json(path)  # names the file when it is missing or broken, which the library does not
+    try:
+        bpe = BytePairTokenizer.from_file(str(path))
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # a bare Exception, or a Rust panic, which is not even that
+        raise UserError(f"{path}: not a tokenizer that the tokenizers library can read ({error})") from None
+    bpe.no_truncation()
+    bpe.no_padding()
+    return bpe
+
+
+def compile_template(folder: Path, settings: dict[str, Any]) -> jinja2.Template:
+    """The folder's chat template in jinja2's sandbox, with the settings and helpers that templates expect."""
     path = folder / "chat_template.jinja"
-    template = path.read_text(encoding="utf-8") if path.exists() else settings.get("chat_template")
-    if isinstance(template, list):  # the older form: several named templates
-        named = {t.get("name"): t.get("template") for t in template if isinstance(t, dict)}
-        template = named.get("default")
-    if not isinstance(template, str):
+    source = read_text(path) if path.exists() else settings.get("chat_template")
+    if isinstance(source, list):  # the older form: several named templates
+        source = {str(t.get("name")): t.get("template") for t in source if isinstance(t, dict)}.get("default")
+    if not isinstance(source, str):
         raise UserError(f"{folder}: no chat template in chat_template.jinja or tokenizer_config.json")
-    return template
-
-
-def compile_template(source: str, folder: Path) -> jinja2.Template:
-    """The template in jinja2's sandbox, with the settings and the two helpers that chat templates count on."""
 
     def raise_exception(message: str) -> NoReturn:
         raise jinja2.TemplateError(message)
@@ -120,9 +127,10 @@ def compile_template(source: str, folder: Path) -> jinja2.Template:
         return json.dumps(value, ensure_ascii=False, indent=indent)
 
     environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
+    environment.add_extension("jinja2.ext.loopcontrols")
     environment.globals["raise_exception"] = raise_exception
     environment.filters["tojson"] = tojson
     try:
         return environment.from_string(source)
-    except jinja2.TemplateError as error:
-        raise UserError(f"{folder}: the chat template does not parse: {error}") from None
+    except Exception as error:  # a TemplateError, or what Python says to a program that is nested too deep
+        raise UserError(f"{folder}: bad chat template: {getattr(error, 'message', error)}") from None

@@ -19,14 +19,16 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
-from checkpoint import load_model, save_model
+from checkpoint import find_folder, load_model, read_model_config, save_model
 from countdown_task import ASSISTANT_PREFIX, grade, load_problems, problem_order, question_text, split_problems
 from data_types import Config, Episode, Problem, UserError, load_config
 from grpo import assign_advantages, policy_gradient
-from logbook import Logbook, episode_metrics
+from logbook import Logbook, episode_metrics, new_run_folder
+from memory import check_memory, expected_need
 from optimizer import AdamW, learning_rate
 from qwen2_model import Qwen2
 from rollout import Sampling, generate
@@ -38,18 +40,21 @@ class Run:
     """What a run works with."""
 
     config: Config
+    folder: Path  # of the model it starts from
     policy: Qwen2
     tokenizer: Tokenizer
     optimizer: AdamW
     training: list[Problem]
     held_out: list[Problem]
+    cache_bytes: float  # the most that the KV cache may take
 
 
 def train(config: Config, name: str | None) -> None:
     """GRPO: sample groups of answers, reward them, compare within the group, update the policy, repeat."""
+    folder = new_run_folder(config, name)
     run = set_up(config)
     distribution = Sampling(config.rollout.temperature, config.rollout.top_k, config.rollout.top_p)
-    with Logbook(config, name) as logbook:
+    with Logbook(config, folder) as logbook:
         before = evaluate_twice(run, logbook)
         logbook.write_step(0, before)
         for step in range(1, config.train.steps + 1):
@@ -74,35 +79,39 @@ def train(config: Config, name: str | None) -> None:
                 metrics |= evaluate(run, config.eval.temperature, logbook)
             logbook.write_samples(step, episodes[: config.output.samples])
             logbook.write_step(step, metrics)
-        save_model(run.policy, config.model.path, logbook.folder / "final")
+        save_model(run.policy, run.folder, logbook.folder / "final")
         logbook.summarize(before, after)
 
 
 def set_up(config: Config) -> Run:
-    """Everything a run needs, checked before anything long begins."""
-    device = find_device(config.model.device)
+    """Everything a run needs, what is cheap to check first."""
+    device = find_device(config)
     # On a CPU the products of a small model are too short to share out among many cores.
     torch.set_num_threads(config.train.threads or min(os.cpu_count() or 1, 8))
     data = config.data
+    folder = find_folder(config.model.path, config.model.revision)
+    shape, tokenizer = read_model_config(folder), Tokenizer(folder)
+    if len(tokenizer) > shape.vocab_size:
+        raise UserError(f"{folder}: the tokenizer has {len(tokenizer)} ids, but vocab_size in config.json is "
+                        f"{shape.vocab_size}; tokenizer and weights must belong together")
     problems = load_problems(data.path, data.revision, data.number_counts, data.target_low, data.target_high)
     training, held_out = split_problems(problems, data.held_out)
-    tokenizer = Tokenizer(config.model.path)
-    policy = load_model(config.model.path, device, getattr(torch, config.model.dtype))
-    if len(tokenizer) > policy.config.vocab_size:
-        raise UserError(f"{config.model.path}: the tokenizer has {len(tokenizer)} ids, but vocab_size in config.json "
-                        f"is {policy.config.vocab_size}; tokenizer and weights must belong together")
-    return Run(config, policy, tokenizer, AdamW(policy.parameters(), config.train), training, held_out[: config.eval.size])
+    cache_bytes = check_memory(config, shape, device)
+    policy = load_model(folder, device, getattr(torch, config.model.dtype))
+    policy.checkpoint_layers = config.train.activation_checkpointing
+    optimizer = AdamW(policy.parameters(), config.train)
+    return Run(config, folder, policy, tokenizer, optimizer, training, held_out[: config.eval.size], cache_bytes)
 
 
-def find_device(name: str) -> torch.device:
+def find_device(config: Config) -> torch.device:
     """The torch device of `model.device`; `auto` takes a GPU where there is one."""
     there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
-    if name == "auto":
-        name = next(kind for kind, found in there.items() if found)
-    device = torch.device(name)
+    name = config.model.device
+    device = torch.device(next(kind for kind, found in there.items() if found) if name == "auto" else name)
     if not there[device.type] or (device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count()):
         found = ", ".join(kind for kind, found in there.items() if found)
-        raise UserError(f"model.device is {name}, which this machine does not have; it has {found}")
+        raise UserError(f"model.device is {name}{expected_need(config)}, which this machine does not have (it has "
+                        f"{found}); to train on a CPU: python train.py --config config_tiny.yml")
     return device
 
 
@@ -126,8 +135,7 @@ def sample(run: Run, problems: Sequence[Problem], group_size: int, sampling: Sam
     rollout, tokenizer = run.config.rollout, run.tokenizer
     prompts = [tokenizer.encode_prompt(question_text(problem), ASSISTANT_PREFIX) for problem in problems]
     uniforms = torch.rand(len(problems) * group_size, rollout.max_new_tokens, generator=generator)
-    cache_bytes = math.inf if rollout.kv_cache_gib is None else rollout.kv_cache_gib * 2**30
-    answers = generate(run.policy, prompts, uniforms, tokenizer.end_ids, len(tokenizer), sampling, cache_bytes,
+    answers = generate(run.policy, prompts, uniforms, tokenizer.end_ids, len(tokenizer), sampling, run.cache_bytes,
                        on_tokens=on_tokens)
     return [
         Episode(problems[a.question], a.question, prompts[a.question], a.ids, a.logprobs, a.ended,

@@ -1,7 +1,6 @@
 """The Countdown task: the reward clause by clause, hostile answers, problems, their files and their split."""
 
 import errno
-import http.server
 import itertools
 import json
 import os
@@ -9,7 +8,6 @@ import random
 import re
 import subprocess
 import sys
-import threading
 from collections import Counter
 from fractions import Fraction
 from pathlib import Path
@@ -20,8 +18,9 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 from fuzz_grader import fuzz, random_expression, seconds, time_limit
+from small_hub import small_hub
 
-import countdown_task
+import hub
 from countdown_task import (
     ASSISTANT_PREFIX,
     MAX_EXPRESSION_DEPTH,
@@ -547,48 +546,6 @@ def test_filters(tmp_path):
 
 # ---------------------------------------------------------------------------------------- the hub, for real
 
-COMMIT = "0123456789abcdef0123456789abcdef01234567"
-
-
-class SmallHub(http.server.BaseHTTPRequestHandler):
-    """The few requests of the hub's protocol that a download makes, on this machine."""
-
-    files: dict[str, bytes] = {}
-
-    def reply(self, status: int, body: bytes = b"{}", **headers: str) -> None:
-        self.send_response(status)
-        for name, value in {"Content-Length": str(len(body)), **headers}.items():
-            self.send_header(name.replace("_", "-"), value)
-        self.end_headers()
-        if self.command == "GET":
-            self.wfile.write(body)
-
-    def do_GET(self) -> None:
-        path = self.path.split("?")[0]
-        if "/gated/" in path:
-            self.reply(403, X_Error_Code="GatedRepo", X_Error_Message="\x1b[31mask first")
-        elif "/broken/" in path:
-            self.reply(418)
-        elif "/lab/" not in path:
-            self.reply(404, X_Error_Code="RepoNotFound")
-        elif path.endswith("/revision/v9"):
-            self.reply(404, X_Error_Code="RevisionNotFound")
-        elif "/revision/" in path:
-            self.reply(200, json.dumps({"id": "lab/countdown", "sha": COMMIT, "siblings": []}).encode())
-        elif "/tree/" in path:
-            listing = [{"type": "file", "path": name, "size": len(body), "oid": "0" * 40}
-                       for name, body in self.files.items()]  # fmt: skip
-            self.reply(200, json.dumps(listing).encode())
-        else:
-            name = path.partition(f"/resolve/{COMMIT}/")[2]
-            self.reply(200, self.files[name], ETag=f'"{name}"', X_Repo_Commit=COMMIT)
-
-    do_HEAD = do_GET
-
-    def log_message(self, *args: object) -> None:
-        """Keep the test's output clean."""
-
-
 ASK_FOR = """
 import json, sys
 from countdown_task import load_problems
@@ -617,16 +574,10 @@ def ask_hub(wanted: list, endpoint: str, home: Path, **environment: str) -> list
 def test_data_sets_of_the_hub(tmp_path):
     """Downloaded once, then read from the cache without a network; every refusal is one line with advice."""
     parquet = write(tmp_path / "a.parquet", [[3, 7], [4, 5]], [10, 9]).read_bytes()
-    SmallHub.files = {"README.md": b"not wanted", "data/train-00000.parquet": parquet}
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), SmallHub)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    endpoint, home = f"http://127.0.0.1:{server.server_port}", tmp_path / "home"
     others = [(name, None) for name in ("no/such", "gated/set", "broken/hub", "a--b/c")]
-    try:
+    home = tmp_path / "home"
+    with small_hub({"README.md": b"not wanted", "data/train-00000.parquet": parquet}) as endpoint:
         answers = ask_hub([("lab/countdown", None), ("lab/countdown", "v9"), *others], endpoint, home)
-    finally:
-        server.shutdown()
-        server.server_close()
     assert answers[0] == [10, 9]
     assert not list(home.rglob("README.md"))  # only what is needed
     get = "cannot get this data set from the hub"
@@ -636,7 +587,8 @@ def test_data_sets_of_the_hub(tmp_path):
                           "check data.path, set HF_TOKEN")  # fmt: skip
     assert answers[3] == (f"gated/set: {get}: its owner asks for consent: accept the terms on its page, "
                           "then set HF_TOKEN")  # fmt: skip
-    unreachable = f"{get}: not cached, no way to the hub: check network, HF_ENDPOINT, HF_HUB_OFFLINE"
+    unreachable = (f"{get}: no folder here, not cached, no way to the hub: "
+                   "check data.path, network, HF_ENDPOINT, HF_HUB_OFFLINE")  # fmt: skip
     assert answers[4] == f"broken/hub: {unreachable}"
     assert answers[5].startswith(f"a--b/c: {get}: HFValidationError: ")
 
@@ -651,7 +603,7 @@ def test_a_full_disk_is_told_as_such(monkeypatch):
     def download(*args: object, **options: object) -> str:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(countdown_task, "snapshot_download", download)
+    monkeypatch.setattr(hub, "snapshot_download", download)
     assert message_of("lab/countdown") == (
         "lab/countdown: cannot get this data set from the hub: the disk is full: "
         "free some space or set HF_HOME to a folder on another disk"

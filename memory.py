@@ -1,0 +1,204 @@
+"""Where the GPU memory of a run will go, before anything large is loaded.
+
+A run that cannot fit should say so in its first second and name the setting to lower, not die in its first update
+after minutes of sampling. The plan counts what the code allocates: weights, optimizer state and gradients exactly,
+activations and the sampler's buffers from the shapes of what is kept; for the rest (CUDA itself, fragmentation) it
+keeps RESERVE free.
+
+    python memory.py                                  # which sizes fit on which cards, with which settings
+    python memory.py --config config.yml --card 48    # the plan of one config on a card of 48 GB, nothing loaded
+
+Left out: several GPUs, and the host's memory.
+"""
+
+import argparse
+import sys
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+
+from checkpoint import find_folder, read_model_config
+from data_types import Config, UserError, load_config
+from grpo import CHUNK_TOKENS
+from optimizer import SLICE
+from qwen2_model import Qwen2Config
+
+GIB = 2**30
+RESERVE = 1.25 * GIB  # CUDA's context, cuBLAS workspaces and what fragmentation costs
+PROMPT_TOKENS = 160  # of a Countdown question in Qwen's chat template, rounded up
+
+# hidden, inner, layers, query heads, kv heads, tied, vocabulary: the dense Qwen2.5 sizes
+SHAPES = {
+    "0.5B": (896, 4864, 24, 14, 2, True, 151936),
+    "1.5B": (1536, 8960, 28, 12, 2, True, 151936),
+    "3B": (2048, 11008, 36, 16, 2, True, 151936),
+    "7B": (3584, 18944, 28, 28, 4, False, 152064),
+    "14B": (5120, 13824, 48, 40, 8, False, 152064),
+    "32B": (5120, 27648, 64, 40, 8, False, 152064),
+    "72B": (8192, 29568, 80, 64, 8, False, 152064),
+}
+
+
+def shape_config(name: str) -> Qwen2Config:
+    """The Qwen2Config of a real size, such as "3B"."""
+    hidden, inner, layers, heads, kv_heads, tied, vocabulary = SHAPES[name]
+    return Qwen2Config(vocabulary, hidden, inner, layers, heads, kv_heads, hidden // heads, 1e-6, 1e6, tied, 32768)
+
+
+def parameter_count(shape: Qwen2Config) -> int:
+    """Number of weights of a model of this shape."""
+    attention = (shape.num_attention_heads + 2 * shape.num_key_value_heads) * shape.head_dim
+    layer = (attention * (shape.hidden_size + 1) + shape.num_attention_heads * shape.head_dim * shape.hidden_size
+             + 3 * shape.hidden_size * shape.intermediate_size + 2 * shape.hidden_size)
+    embeddings = shape.vocab_size * shape.hidden_size * (1 if shape.tie_word_embeddings else 2)
+    return embeddings + shape.num_hidden_layers * layer + shape.hidden_size
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """Bytes by purpose. What is always there, and what the rollout and the update need on top, one after the other."""
+
+    always: dict[str, float]
+    rollout: dict[str, float]
+    update: dict[str, float]
+    questions_per_wave: int
+
+    @property
+    def peaks(self) -> tuple[float, float]:
+        """Peak bytes of (rollout, update)."""
+        base = sum(self.always.values())
+        return base + sum(self.rollout.values()), base + sum(self.update.values())
+
+    @property
+    def peak(self) -> float:
+        return max(self.peaks)
+
+    def table(self, card: float | None) -> str:
+        """The plan in words, one line a purpose, in GiB."""
+        lines = [f"  {name:42s} {size / GIB:8.2f} GiB" for part in (self.always, self.rollout, self.update)
+                 for name, size in part.items()]
+        total = f"  peak: rollout {self.peaks[0] / GIB:.2f} GiB, update {self.peaks[1] / GIB:.2f} GiB"
+        return "\n".join(["memory plan:", *lines, total + (f", of {card / GIB:.1f} GiB" if card else "")])
+
+
+def plan_memory(config: Config, shape: Qwen2Config, card: float | None) -> MemoryPlan:
+    """The plan for a model of this shape on a card of so many bytes (None: as if there were no limit)."""
+    size = {"float32": 4, "bfloat16": 2}[config.model.dtype]
+    count, hidden, vocabulary = parameter_count(shape), shape.hidden_size, shape.vocab_size
+    state = {"split": 6.0, "offload": 0.0, "master": 8.0 if size == 4 else 12.0}[config.train.optimizer]
+    always = {"weights": float(count * size), f"optimizer state ({config.train.optimizer})": count * state,
+              "CUDA and reserve": RESERVE}
+
+    rollout = config.rollout
+    columns = PROMPT_TOKENS + rollout.max_new_tokens
+    row_cache = 2.0 * shape.num_hidden_layers * shape.num_key_value_heads * shape.head_dim * columns * size
+    row_logits = 3.0 * 4 * vocabulary  # logits, probabilities and their running sum, fp32
+    prefill = PROMPT_TOKENS * layer_activations(shape, size) / 2  # of a question; nothing is kept for backward
+    question = rollout.group_size * (row_cache + row_logits) + prefill
+    room = (card or float("inf")) - sum(always.values())
+    if rollout.kv_cache_gib:
+        room = min(room, rollout.kv_cache_gib * GIB / (rollout.group_size * row_cache) * question)
+    questions = int(max(1, min(rollout.questions_per_step, room // question)))
+    rows = questions * rollout.group_size
+    sampling = {f"rollout: KV cache, {rows} rows of {columns} tokens": rows * row_cache,
+                "rollout: logits and prefill": rows * row_logits + questions * prefill}
+
+    tokens = max(config.train.tokens_per_microbatch, columns)
+    kept = hidden * size if config.train.activation_checkpointing else layer_activations(shape, size)
+    update = {
+        "update: gradients (fp32)": 4.0 * count,
+        "update: activations": tokens * (shape.num_hidden_layers * kept + 2 * layer_activations(shape, size)),
+        "update: logprob chunk": 4.0 * 4 * CHUNK_TOKENS * vocabulary + 3.0 * size * vocabulary * hidden,
+    }
+    slices = 4.0 * SLICE * (12 if config.train.optimizer == "offload" else 6)
+    update["update: optimizer temporaries"] = max(0.0, slices - sum(update.values()) + 4.0 * count)
+    return MemoryPlan(always, sampling, update, questions)
+
+
+def layer_activations(shape: Qwen2Config, size: int) -> float:
+    """Bytes a token that one layer keeps for backward: two norms, q/k/v with their rotation, attention, SwiGLU."""
+    hidden, inner = shape.hidden_size, shape.intermediate_size
+    turned = (shape.num_attention_heads + shape.num_key_value_heads) * shape.head_dim
+    heads = turned + shape.num_key_value_heads * shape.head_dim
+    return 2 * hidden * (4 + 2 * size) + heads * size + turned * (4 + size) + 2 * hidden * size + 5 * inner * size
+
+
+def check_memory(config: Config, shape: Qwen2Config, device: torch.device) -> float:
+    """Print the plan for a CUDA device and refuse what cannot fit; returns the bytes that the KV cache may take."""
+    if device.type != "cuda":
+        return float("inf") if config.rollout.kv_cache_gib is None else config.rollout.kv_cache_gib * GIB
+    card = float(torch.cuda.get_device_properties(device).total_memory)
+    plan = plan_memory(config, shape, card)
+    print(plan.table(card), flush=True)
+    if plan.peak > card:
+        raise UserError(f"this run needs {plan.peak / GIB:.1f} GiB, {torch.cuda.get_device_name(device)} has "
+                        f"{card / GIB:.1f} GiB: {advice(config, plan, card)}")
+    return plan.rollout[next(iter(plan.rollout))] * 1.001
+
+
+def expected_need(config: Config) -> str:
+    """How much a config will need, as words for an error message, when its model's name tells the size."""
+    size = next((name for name in SHAPES if f"-{name}-" in f"{config.model.path}-"), None)
+    if size is None:
+        return ""
+    return f" with about {plan_memory(config, shape_config(size), None).peak / GIB:.0f} GiB of memory"
+
+
+def advice(config: Config, plan: MemoryPlan, card: float) -> str:
+    """Which setting to change first when a plan does not fit."""
+    if plan.peaks[0] > card and plan.peaks[0] >= plan.peaks[1]:
+        return "lower rollout.group_size or rollout.max_new_tokens (one question's group must fit at once)"
+    if not config.train.activation_checkpointing:
+        return "set train.activation_checkpointing=true"
+    if config.model.dtype != "bfloat16":
+        return "set model.dtype=bfloat16 and train.optimizer=split"
+    if config.train.optimizer != "offload":
+        return f"set train.optimizer={'split' if config.train.optimizer == 'master' else 'offload'}"
+    return "lower train.tokens_per_microbatch, or take a smaller model or a larger card"
+
+
+def what_fits(card_gb: int) -> list[str]:
+    """For a card, one line a size: the first of the settings, fastest first, whose plan fits."""
+    lines = []
+    base = load_config(str(Path(__file__).parent / "config.yml"))
+    for name in SHAPES:
+        found = "does not fit"
+        for mode, tokens in (("master", 16384), ("split", 16384), ("split", 8192), ("offload", 8192), ("offload", 2048)):
+            train = replace(base.train, optimizer=mode, tokens_per_microbatch=tokens)
+            plan = plan_memory(replace(base, train=train), shape_config(name), card_gb * 0.95 * GIB)
+            if plan.peak <= card_gb * 0.95 * GIB:
+                waves = -(-base.rollout.questions_per_step // plan.questions_per_wave)
+                found = f"{mode}, {tokens} tokens a micro-batch, {waves} wave{'s' * (waves > 1)}, {plan.peak / GIB:.1f} GiB"
+                break
+        lines.append(f"| {name} | {card_gb} GB | {found} |")
+    return lines
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description="Where the GPU memory of a run will go.")
+    parser.add_argument("--config", help="plan this config; without it: which sizes fit on which cards")
+    parser.add_argument("--card", type=float, default=48, help="GB of the card")
+    parser.add_argument("--shape", choices=SHAPES, help="a real size, instead of reading the config's model")
+    parser.add_argument("overrides", nargs="*")
+    arguments = parser.parse_args()
+    try:
+        if not arguments.config:
+            print("\n".join(line for card in (24, 48, 80) for line in what_fits(card)))
+            return 0
+        config = load_config(arguments.config, arguments.overrides)
+        shape = (shape_config(arguments.shape) if arguments.shape else
+                 read_model_config(find_folder(config.model.path, config.model.revision)))
+        card = arguments.card * 0.95 * GIB  # of a card's nominal size, what CUDA reports
+        plan = plan_memory(config, shape, card)
+        print(plan.table(card))
+        if plan.peak > card:
+            print(f"does not fit: {advice(config, plan, card)}")
+    except UserError as error:
+        print(f"memory.py: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,60 @@
+"""The hub's protocol, as much of it as a download needs, served on this machine: no test asks the real hub."""
+
+import http.server
+import json
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+
+
+class Answers(http.server.BaseHTTPRequestHandler):
+    """Every repository of the owner `lab`, model or data set, holds `files`; other owners' refuse in their ways."""
+
+    files: dict[str, bytes] = {}
+
+    def reply(self, status: int, body: bytes = b"{}", **headers: str) -> None:
+        self.send_response(status)
+        for name, value in {"Content-Length": str(len(body)), **headers}.items():
+            self.send_header(name.replace("_", "-"), value)
+        self.end_headers()
+        if self.command == "GET":
+            self.wfile.write(body)
+
+    def do_GET(self) -> None:
+        path = self.path.split("?")[0]
+        if "/gated/" in path or ("/sealed/" in path and "/resolve/" in path):  # sealed: its list is open
+            self.reply(403, X_Error_Code="GatedRepo", X_Error_Message="\x1b[31mask first")
+        elif "/broken/" in path:
+            self.reply(418)
+        elif "/lab/" not in path and "/sealed/" not in path:
+            self.reply(404, X_Error_Code="RepoNotFound")
+        elif path.endswith("/revision/v9"):
+            self.reply(404, X_Error_Code="RevisionNotFound")
+        elif "/revision/" in path:
+            self.reply(200, json.dumps({"id": "lab/any", "sha": COMMIT, "siblings": []}).encode())
+        elif "/tree/" in path:
+            listing = [{"type": "file", "path": name, "size": len(body), "oid": "0" * 40}
+                       for name, body in self.files.items()]  # fmt: skip
+            self.reply(200, json.dumps(listing).encode())
+        else:
+            name = path.partition(f"/resolve/{COMMIT}/")[2]
+            self.reply(200, self.files[name], ETag=f'"{name}"', X_Repo_Commit=COMMIT)
+
+    do_HEAD = do_GET
+
+    def log_message(self, *args: object) -> None:
+        """Keep the test's output clean."""
+
+
+@contextmanager
+def small_hub(files: dict[str, bytes]) -> Iterator[str]:
+    """Serves `files`; gives the address for HF_ENDPOINT."""
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (Answers,), {"files": files}))
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        yield f"http://127.0.0.1:{server.server_port}"
+    finally:
+        server.shutdown()
+        server.server_close()

@@ -1,0 +1,467 @@
+"""The update: advantages by hand, and one gradient whatever way the batch is cut.
+
+The oracle is the formula as it stands in the paper, written with nothing but log_softmax over the whole vocabulary, one
+row at a time, no padding, no chunks, no row left out: `naive_loss`. Speed and memory must not change its gradient.
+"""
+
+import math
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from plain_policy import (
+    DEVICES,
+    UNCUT,
+    VOCABULARY,
+    as_episodes,
+    plain_distribution,
+    small_policy,
+)
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import grpo
+from data_types import Episode, Problem, Reward, TrainSettings
+from grpo import advantages, assign_advantages, micro_batches, policy_gradient, response_logprobs
+from qwen2_model import Qwen2
+from rollout import Sampling, generate
+
+SETTINGS = TrainSettings(learning_rate=1e-3, steps=1, max_grad_norm=1e9)  # so high a bound clips nothing
+SAMPLINGS = [UNCUT, Sampling(temperature=0.7, top_k=5, top_p=0.9), Sampling(temperature=1.4, top_p=0.8)]
+
+
+@pytest.fixture(params=DEVICES)
+def device(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+# ---------------------------------------------------------------------------- advantages
+
+
+def naive_advantages(rewards: list[float], groups: list[int], divide_by_std: bool) -> tuple[list[float], int]:
+    values, flat = [], set()
+    for reward, group in zip(rewards, groups, strict=True):
+        peers = [other for other, its_group in zip(rewards, groups, strict=True) if its_group == group]
+        mean = math.fsum(peers) / len(peers)
+        spread = math.sqrt(math.fsum((peer - mean) ** 2 for peer in peers) / len(peers))
+        if max(peers) == min(peers):
+            flat.add(group)
+            values.append(0.0)
+        else:
+            values.append((reward - mean) / (spread if divide_by_std else 1.0))
+    return values, len(flat)
+
+
+def advantages_of(rewards: list[float], groups: list[int], divide_by_std: bool = True) -> tuple[list[float], int]:
+    values, flat = advantages(torch.tensor(rewards, dtype=torch.float64), torch.tensor(groups), divide_by_std)
+    return values.tolist(), flat
+
+
+def test_advantages_worked_out_by_hand():
+    """0, 0, 0, 1: mean 1/4, population variance 3/16; with the sample's n - 1 the 1 would get 1.5, not sqrt 3."""
+    values, flat = advantages_of([0, 0, 0, 1, 1.1, 0.1, 0.1, 1.1], [0, 0, 0, 0, 1, 1, 1, 1])
+    root = math.sqrt(3)
+    assert values == pytest.approx([-1 / root, -1 / root, -1 / root, root, 1, -1, -1, 1])
+    assert flat == 0
+    values, flat = advantages_of([0, 0, 0, 1, 1.1, 0.1, 0.1, 1.1], [0, 0, 0, 0, 1, 1, 1, 1], divide_by_std=False)
+    assert values == pytest.approx([-0.25, -0.25, -0.25, 0.75, 0.5, -0.5, -0.5, 0.5])
+    assert flat == 0
+
+
+@pytest.mark.parametrize("divide_by_std", [True, False])
+def test_advantages_of_random_groups_in_any_order(divide_by_std: bool):
+    """Rows of one group need not stand together, nor the ids be without gaps; an unused id is no flat group."""
+    random = np.random.default_rng(1)
+    for _ in range(50):
+        groups = random.choice([0, 1, 4, 5, 9], 40).tolist()
+        rewards = [round(r, 1) for r in random.choice([0.0, 0.1, 1.0, 1.1], 40, p=[0.7, 0.1, 0.1, 0.1]).tolist()]
+        values, flat = advantages_of(rewards, groups, divide_by_std)
+        expected, expected_flat = naive_advantages(rewards, groups, divide_by_std)
+        assert values == pytest.approx(expected, abs=1e-12)
+        assert flat == expected_flat
+        assert advantages_of(rewards[::-1], groups[::-1], divide_by_std) == (pytest.approx(values[::-1]), flat)
+
+
+@pytest.mark.parametrize("reward", [0.0, 0.1, 1.0, 0.1 + 1.0, 1 / 3])
+@pytest.mark.parametrize("size", [1, 3, 6, 7, 10, 64])
+@pytest.mark.parametrize("divide_by_std", [True, False])
+def test_a_group_without_spread_is_exactly_zero(reward: float, size: int, divide_by_std: bool):
+    """The mean of seven times 1.1 is not 1.1: dividing that error by a spread of the same error would teach noise."""
+    values, flat = advantages_of([reward] * size + [0.0, 1.0], [1] * size + [0, 0], divide_by_std)
+    assert values[:size] == [0.0] * size and flat == 1
+    assert values[size:] == pytest.approx([-1, 1] if divide_by_std else [-0.5, 0.5])
+
+
+def test_episodes_get_their_advantages():
+    episodes = [Episode(Problem((1, 2), 3), group, [1], [2], [-1.0], True, "", Reward(form, correct))
+                for group, form, correct in [(1, 0.1, 0), (0, 0.1, 1), (1, 0.1, 1), (0, 0.1, 1), (2, 0, 0), (2, 0.1, 0)]]
+    assert assign_advantages(episodes, divide_by_std=True) == 1
+    assert [episode.advantage for episode in episodes] == pytest.approx([-1, 0, 1, 0, -1, 1])
+    assert assign_advantages(episodes, divide_by_std=False) == 1
+    assert [episode.advantage for episode in episodes] == pytest.approx([-0.5, 0, 0.5, 0, -0.05, 0.05])
+
+
+# ---------------------------------------------------------------------------- micro-batches
+
+
+@pytest.mark.parametrize("budget", [1, 100, 1000, 8192, 10**9])
+def test_micro_batches_hold_every_row_once_within_the_budget_longest_first(budget: int):
+    """Longest first: what does not fit into memory fails in the first micro-batch, not at the end of a night."""
+    lengths = np.random.default_rng(2).integers(1, 400, 300).tolist()
+    batches = micro_batches(lengths, budget)
+    assert sorted(row for batch in batches for row in batch) == list(range(300))
+    for batch in batches:
+        assert len(batch) == 1 or len(batch) * max(lengths[row] for row in batch) <= budget
+    in_order = [lengths[row] for batch in batches for row in batch]
+    assert in_order == sorted(lengths, reverse=True)
+    assert micro_batches([], budget) == []
+
+
+@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("budget", [4096, 8192])
+def test_micro_batches_pad_less_than_five_percent(seed: int, budget: int):
+    """32 questions x 8 answers with the lengths of real runs: log-normal, mean 331, cut at 1,024."""
+    random = np.random.default_rng(seed)
+    answers = np.minimum(random.lognormal(math.log(331) - 0.5 * 0.6**2, 0.6, 256), 1024).astype(int)
+    lengths = (answers + np.repeat(random.integers(130, 150, 32), 8)).tolist()
+    batches = micro_batches(lengths, budget)
+    padded = sum(len(batch) * max(lengths[row] for row in batch) for batch in batches)
+    assert sum(lengths) <= padded < sum(lengths) / 0.95
+    assert len(batches) < 1.5 * sum(lengths) / budget  # a row at a time would need no padding at all
+
+
+# ---------------------------------------------------------------------------- the gradient
+
+
+def sampled_episodes(policy: Qwen2, sampling: Sampling, seed: int = 3) -> list[Episode]:
+    """18 answers to 6 questions, from 1 to 12 tokens, some cut off; a third of them taught nothing."""
+    random = np.random.default_rng(seed)
+    prompts = [random.integers(0, VOCABULARY, length).tolist() for length in (4, 9, 2, 6, 11, 3)]
+    uniforms = torch.from_numpy(random.random((18, 12), dtype=np.float32))
+    answers = generate(policy, prompts, uniforms, list(range(0, VOCABULARY, 8)), VOCABULARY, sampling)
+    episodes = as_episodes(answers, prompts)
+    for i, episode in enumerate(episodes):
+        episode.advantage = 0.0 if i % 3 == 0 else float(random.normal())
+    return episodes
+
+
+def naive_logprobs(policy: Qwen2, episode: Episode, sampling: Sampling) -> Tensor:
+    """log_softmax over the vocabulary for each response token: (tokens, V)."""
+    tokens = episode.prompt_ids + episode.response_ids
+    hidden = policy(torch.tensor([tokens], device=policy.embed.weight.device))[0]
+    logits = (hidden @ policy.head.t())[len(episode.prompt_ids) - 1 : -1, :VOCABULARY]
+    possible = np.stack([plain_distribution(row, sampling) > 0 for row in logits.detach().double().cpu().numpy()])
+    possible[range(len(possible)), episode.response_ids] = True  # rounding may move one that was drawn past the edge
+    cut = torch.from_numpy(~possible).to(logits.device)
+    return (logits / sampling.temperature).masked_fill(cut, -torch.inf).log_softmax(dim=-1)
+
+
+def naive_loss(policy: Qwen2, episodes: list[Episode], sampling: Sampling) -> Tensor:
+    total = torch.zeros((), device=policy.embed.weight.device)
+    for episode in episodes:
+        logprobs = naive_logprobs(policy, episode, sampling)
+        for place, token in enumerate(episode.response_ids):
+            total = total + episode.advantage * logprobs[place, token]
+    return -total / sum(len(episode.response_ids) for episode in episodes)
+
+
+def naive_gradient(policy: Qwen2, episodes: list[Episode], sampling: Sampling) -> dict[str, Tensor]:
+    naive_loss(policy, episodes, sampling).backward()
+    gradient = {name: parameter.grad.clone() for name, parameter in policy.named_parameters()}
+    policy.zero_grad(set_to_none=True)
+    return gradient
+
+
+def update(policy: Qwen2, episodes: list[Episode], sampling: Sampling = UNCUT, vocabulary: int = VOCABULARY,
+           **changes: object) -> tuple[dict[str, Tensor], dict[str, float | None], list[tuple[int, int]]]:
+    """The gradient that the optimizer is given, the metrics, and the shape (rows, T) of each forward.
+
+    The learning rate is zero, so the policy stays as it was.
+    """
+    optimizer, gradients, shapes = torch.optim.SGD(policy.parameters(), lr=0.0), [], []
+
+    def keep(*_: object) -> None:
+        gradients.append({name: parameter.grad.clone() for name, parameter in policy.named_parameters()})
+
+    optimizer.register_step_pre_hook(keep)
+    hook = policy.register_forward_pre_hook(lambda _, arguments: shapes.append(tuple(arguments[0].shape)))
+    metrics = policy_gradient(policy, optimizer, episodes, vocabulary, sampling, replace(SETTINGS, **changes))
+    hook.remove()
+    assert len(gradients) == 1
+    return gradients[0], metrics, shapes
+
+
+def norm(tensors: list[Tensor]) -> float:
+    return math.sqrt(sum(tensor.double().square().sum().item() for tensor in tensors))
+
+
+def assert_same_gradient(gradient: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    difference = {name: gradient[name] - tensor for name, tensor in expected.items()}
+    assert norm(list(difference.values())) < 1e-5 * norm(list(expected.values()))
+    for name, tensor in expected.items():  # no small tensor hides behind a large one
+        assert norm([difference[name]]) <= 1e-4 * norm([tensor]), name
+
+
+def test_the_episodes_are_worth_testing_with():
+    policy = small_policy(seed=4)
+    for sampling in SAMPLINGS:
+        episodes = sampled_episodes(policy, sampling)
+        assert len({len(episode.response_ids) for episode in episodes}) > 5
+        assert 2 <= sum(not episode.ended for episode in episodes) <= 16
+        assert 0.01 < norm(list(naive_gradient(policy, episodes, sampling).values())) < 100
+
+
+@pytest.mark.parametrize("sampling", SAMPLINGS, ids=str)
+@pytest.mark.parametrize("tied", [True, False])
+def test_the_gradient_is_that_of_the_naive_formula(device: str, sampling: Sampling, tied: bool):
+    """Temperature, top-k and top-p are part of the policy that sampled, so they are part of what is differentiated."""
+    policy = small_policy(4, device, tied)
+    episodes = sampled_episodes(policy, sampling)
+    gradient, metrics, _ = update(policy, episodes, sampling)
+    expected = naive_gradient(policy, episodes, sampling)
+    assert_same_gradient(gradient, expected)
+    assert metrics["loss"] == pytest.approx(naive_loss(policy, episodes, sampling).item(), rel=1e-5, abs=1e-7)
+    assert metrics["grad_norm"] == pytest.approx(norm(list(expected.values())), rel=1e-5)
+    assert metrics["skipped"] == 0
+    if not tied:  # ids that the tokenizer does not know get no logit, so no gradient either
+        assert (gradient["untied_head"][VOCABULARY:] == 0).all()
+
+
+@pytest.mark.parametrize("rows", [1, 2, 7, 12])
+def test_the_gradient_does_not_depend_on_the_micro_batches(device: str, rows: int):
+    """The mean over a micro-batch's own tokens, or over micro-batches, would weigh short answers differently."""
+    policy = small_policy(4, device)
+    episodes = sampled_episodes(policy, UNCUT)
+    longest = max(len(e.prompt_ids) + len(e.response_ids) for e in episodes if e.advantage)
+    gradient, _, shapes = update(policy, episodes, tokens_per_microbatch=rows * longest)
+    assert shapes[0] == (rows, longest) and sum(rows for rows, _ in shapes) == 12
+    assert all(batch * length <= rows * longest for batch, length in shapes)
+    assert_same_gradient(gradient, naive_gradient(policy, episodes, UNCUT))
+
+
+def test_rows_without_advantage_are_not_run_and_still_count(device: str):
+    """They add nothing to the gradient but their tokens are part of the mean; left out of that too, the step would grow
+    with every group that is solved. An advantage too small to matter forces the model to run them.
+    """
+    policy = small_policy(4, device)
+    episodes = sampled_episodes(policy, UNCUT)
+    forced = [replace(e, advantage=e.advantage or 1e-30) for e in episodes]
+    skipping, _, few = update(policy, episodes)
+    running, _, all_rows = update(policy, forced)
+    assert (sum(rows for rows, _ in few), sum(rows for rows, _ in all_rows)) == (12, 18)
+    assert_same_gradient(skipping, running)
+    alone, _, _ = update(policy, [episode for episode in episodes if episode.advantage])
+    scale = sum(len(e.response_ids) for e in episodes if e.advantage) / sum(len(e.response_ids) for e in episodes)
+    assert_same_gradient({name: scale * tensor for name, tensor in alone.items()}, skipping)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("chunk", [1, 3, 10**9])
+@pytest.mark.parametrize("sampling", SAMPLINGS[:2], ids=str)
+def test_what_is_recomputed_changes_nothing(device: str, checkpointing: bool, chunk: int, sampling: Sampling,
+                                            monkeypatch: pytest.MonkeyPatch):
+    """Activation checkpointing and the chunks of the head save memory; a lost or doubled chunk shows here."""
+    monkeypatch.setattr(grpo, "CHUNK_TOKENS", chunk)
+    policy = small_policy(4, device)
+    episodes = sampled_episodes(policy, sampling)
+    policy.checkpoint_layers = checkpointing
+    gradient, _, _ = update(policy, episodes, sampling, tokens_per_microbatch=40,
+                            activation_checkpointing=checkpointing)
+    assert_same_gradient(gradient, naive_gradient(policy, episodes, sampling))
+
+
+class LogitsSeen(TorchDispatchMode):
+    """Notes the most rows of any tensor that is as wide as the vocabulary, in forward and backward."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rows = 0
+
+    def __torch_dispatch__(self, function: object, types: object, args: tuple = (), kwargs: dict | None = None) -> object:
+        result = function(*args, **kwargs or {})
+        for tensor in result if isinstance(result, (tuple, list)) else [result]:
+            if isinstance(tensor, Tensor) and tensor.dim() > 1 and tensor.shape[-1] == VOCABULARY:
+                self.rows = max(self.rows, tensor.numel() // VOCABULARY)
+        return result
+
+
+@pytest.mark.parametrize("sampling", SAMPLINGS[:2], ids=str)
+def test_logits_of_all_tokens_never_exist_at_once(sampling: Sampling, monkeypatch: pytest.MonkeyPatch):
+    """At 8,192 tokens and 151,936 ids they would be 5 GB, several times over."""
+    policy = small_policy(4)  # its head, transposed, is 32 rows as wide as the vocabulary
+    episodes = sampled_episodes(policy, sampling)
+    assert sum(len(e.response_ids) for e in episodes if e.advantage) > 64
+    seen = {}
+    for chunk in (32, 10**9):
+        monkeypatch.setattr(grpo, "CHUNK_TOKENS", chunk)
+        with LogitsSeen() as mode:
+            update(policy, episodes, sampling)
+        seen[chunk] = mode.rows
+    assert seen[32] == 32 and seen[10**9] > 64  # the second shows that the counting counts
+
+
+def test_the_gradient_worked_out_by_hand(device: str):
+    """A policy whose layers add nothing and whose head is zero: every token of four has probability 1/4.
+
+    The hidden state after token t is its embedding e_t, already of root mean square 1. Answer A (advantage 1) is 1, 2;
+    answer B (advantage -1) is 3; both follow token 0. The loss is -(-ln 4 - ln 4 + ln 4) / 3. The gradient of row v of
+    the head is the sum of -advantage / 3 * ([v is the target] - 1/4) * (hidden state before it):
+
+        row 0: +e_1 / 12    row 1: -e_0 / 3 + e_1 / 12    row 2: -e_1 / 4    row 3: +e_0 / 3 + e_1 / 12
+
+    and as e_0 and e_1 are orthogonal, each of squared length 4, its squared norm is 11/9.
+    """
+    policy = small_policy(4, device, tied=False, heads=1, kv_heads=1, hidden=4, inner=4, vocabulary=4)
+    e_0, e_1 = torch.tensor([1.0, 1.0, 1.0, 1.0]), torch.tensor([1.0, -1.0, 1.0, -1.0])
+    with torch.no_grad():
+        for layer in policy.layers:
+            layer.out.weight.zero_()
+            layer.down.weight.zero_()
+        policy.norm.weight.fill_(1.0)
+        policy.untied_head.zero_()
+        policy.embed.weight[0], policy.embed.weight[1] = e_0, e_1
+    ln_4 = math.log(4)
+    answer_a = Episode(Problem((1, 2), 3), 0, [0], [1, 2], [-ln_4, -ln_4], True, "", advantage=1.0)
+    answer_b = Episode(Problem((1, 2), 3), 0, [0], [3], [-ln_4 - 0.3], True, "", advantage=-1.0)
+    gradient, metrics, _ = update(policy, [answer_a, answer_b], vocabulary=4)
+    by_hand = torch.stack([e_1 / 12, -e_0 / 3 + e_1 / 12, -e_1 / 4, e_0 / 3 + e_1 / 12])
+    assert torch.allclose(gradient["untied_head"][:4].cpu(), by_hand, atol=1e-6)
+    assert all((tensor == 0).all() for name, tensor in gradient.items() if name != "untied_head")
+    assert metrics["loss"] == pytest.approx(ln_4 / 3, rel=1e-6)
+    assert metrics["grad_norm"] == pytest.approx(math.sqrt(11 / 9), rel=1e-5)
+    assert metrics["entropy"] == pytest.approx(ln_4, rel=1e-6)
+    assert metrics["logprob_gap"] == pytest.approx(0.1, rel=1e-5)  # |0.3| over three tokens
+
+
+def test_a_step_makes_the_better_answers_likelier(device: str):
+    """The sign of it all: descending the loss must ascend advantage x logprob."""
+    policy = small_policy(4, device)
+    episodes = sampled_episodes(policy, UNCUT)
+    before = naive_loss(policy, episodes, UNCUT).item()
+    policy_gradient(policy, torch.optim.SGD(policy.parameters(), lr=1e-3), episodes, VOCABULARY, UNCUT, SETTINGS)
+    assert naive_loss(policy, episodes, UNCUT).item() < before - 1e-5
+
+
+def test_every_response_token_counts_once_ended_or_cut_off(device: str):
+    """The end token is a choice like any other, and an answer cut off has none: no token is dropped or assumed."""
+    policy = small_policy(4, device)
+    episodes = sampled_episodes(policy, UNCUT)
+    assert len({episode.ended for episode in episodes}) == 2
+    logprobs, entropy = response_logprobs(policy, episodes, VOCABULARY, UNCUT)
+    expected = [naive_logprobs(policy, e, UNCUT)[place, token] for e in episodes
+                for place, token in enumerate(e.response_ids)]
+    assert logprobs.shape == entropy.shape == (sum(len(e.response_ids) for e in episodes),)
+    assert torch.allclose(logprobs, torch.stack(expected), atol=1e-5)
+    longer = [replace(e, response_ids=[*e.response_ids, 0], logprobs=[*e.logprobs, -1.0]) for e in episodes]
+    gradient, _, _ = update(policy, longer)  # a 0 at the end is a token too, not padding
+    assert_same_gradient(gradient, naive_gradient(policy, longer, UNCUT))
+
+
+# ---------------------------------------------------------------------------- what is measured on the way
+
+
+@pytest.mark.parametrize("sampling", SAMPLINGS, ids=str)
+def test_sampler_and_trainer_agree_right_after_sampling(device: str, sampling: Sampling):
+    policy = small_policy(4, device)
+    episodes = sampled_episodes(policy, sampling)
+    _, metrics, _ = update(policy, episodes, sampling)
+    assert metrics["logprob_gap"] < 1e-5
+    shifted = [replace(e, logprobs=[logprob - 0.25 for logprob in e.logprobs]) for e in episodes]
+    _, metrics, _ = update(policy, shifted, sampling)
+    assert metrics["logprob_gap"] == pytest.approx(0.25, abs=1e-4)
+
+
+@pytest.mark.parametrize("sampling", SAMPLINGS, ids=str)
+def test_entropy_is_that_of_the_distribution_sampled_from(device: str, sampling: Sampling):
+    """Per token, in nats; a token that is cut has probability 0 and adds 0, not nan."""
+    policy = small_policy(4, device)
+    episodes = [replace(e, advantage=e.advantage or 0.5) for e in sampled_episodes(policy, sampling)]
+    entropies = []
+    for episode in episodes:
+        probabilities = naive_logprobs(policy, episode, sampling).detach().double().exp().cpu().numpy()
+        entropies += [-sum(p * math.log(p) for p in row if p > 0) for row in probabilities]
+    _, metrics, _ = update(policy, episodes, sampling, tokens_per_microbatch=50)
+    assert metrics["entropy"] == pytest.approx(np.mean(entropies), rel=1e-5)
+
+
+# ---------------------------------------------------------------------------- the step
+
+
+@pytest.mark.parametrize("bound", [0.01, 0.5])
+def test_a_long_gradient_is_scaled_to_the_bound(device: str, bound: float):
+    policy = small_policy(4, device)
+    episodes = sampled_episodes(policy, UNCUT)
+    whole, unclipped, _ = update(policy, episodes)
+    length = norm(list(whole.values()))
+    assert length > 0.5
+    clipped, metrics, _ = update(policy, episodes, max_grad_norm=bound)
+    assert norm(list(clipped.values())) == pytest.approx(bound, rel=1e-4)
+    assert metrics["grad_norm"] == unclipped["grad_norm"] == pytest.approx(length, rel=1e-5)  # before clipping
+    assert_same_gradient({name: tensor * length / bound for name, tensor in clipped.items()}, whole)
+    untouched, _, _ = update(policy, episodes, max_grad_norm=2 * length)
+    assert_same_gradient(untouched, whole)
+
+
+@pytest.mark.parametrize("poison", [math.nan, math.inf])
+def test_a_gradient_that_is_not_finite_moves_nothing(device: str, poison: float):
+    """One nan in AdamW's moments would stay there for good. The step is counted, and the next one is clean."""
+    policy = small_policy(4, device)
+    optimizer = torch.optim.AdamW(policy.parameters(), lr=1e-3)
+    episodes = sampled_episodes(policy, UNCUT)
+    poisoned = [*episodes[:-1], replace(episodes[-1], advantage=poison)]
+    before = [parameter.detach().clone() for parameter in policy.parameters()]
+    metrics = policy_gradient(policy, optimizer, poisoned, VOCABULARY, UNCUT, SETTINGS)
+    assert metrics["skipped"] == 1
+    assert all(torch.equal(parameter, old) for parameter, old in zip(policy.parameters(), before, strict=True))
+    assert not optimizer.state and all(parameter.grad is None for parameter in policy.parameters())
+    metrics = policy_gradient(policy, optimizer, episodes, VOCABULARY, UNCUT, SETTINGS)
+    assert metrics["skipped"] == 0
+    assert all(torch.isfinite(parameter).all() for parameter in policy.parameters())
+    assert not any(torch.equal(parameter, old) for parameter, old in zip(policy.parameters(), before, strict=True))
+
+
+def test_a_batch_that_teaches_nothing_moves_nothing(device: str):
+    """AdamW moves on its momentum even without a gradient; here there is no step at all."""
+    policy = small_policy(4, device)
+    optimizer = torch.optim.AdamW(policy.parameters(), lr=1e-3)
+    episodes = sampled_episodes(policy, UNCUT)
+    policy_gradient(policy, optimizer, episodes, VOCABULARY, UNCUT, SETTINGS)
+    before = [parameter.detach().clone() for parameter in policy.parameters()]
+    flat = [replace(episode, advantage=0.0) for episode in episodes]
+    metrics = policy_gradient(policy, optimizer, flat, VOCABULARY, UNCUT, SETTINGS)
+    assert all(torch.equal(parameter, old) for parameter, old in zip(policy.parameters(), before, strict=True))
+    assert (metrics["loss"], metrics["grad_norm"], metrics["skipped"]) == (0.0, 0.0, 0)
+    assert metrics["entropy"] is None and metrics["logprob_gap"] is None
+
+
+def test_the_tokens_run_are_counted(device: str):
+    counts = []
+    policy = small_policy(4, device)
+    episodes = sampled_episodes(policy, UNCUT)
+    policy_gradient(policy, torch.optim.SGD(policy.parameters(), lr=0.0), episodes, VOCABULARY, UNCUT,
+                    replace(SETTINGS, tokens_per_microbatch=50), counts.append)
+    assert sum(counts) == sum(len(e.prompt_ids) + len(e.response_ids) for e in episodes if e.advantage)
+    assert len(counts) > 2
+
+
+# ---------------------------------------------------------------------------- float64
+
+
+@pytest.mark.parametrize("sampling", SAMPLINGS[:2], ids=str)
+def test_the_derivative_is_that_of_finite_differences(sampling: Sampling, monkeypatch: pytest.MonkeyPatch):
+    """gradcheck of the chunked logprobs through the whole policy, in float64.
+
+    The modules narrow to fp32 with `.float()`; here that keeps float64, and nothing else is replaced.
+    """
+    monkeypatch.setattr(Tensor, "float", Tensor.double)
+    monkeypatch.setattr(grpo, "CHUNK_TOKENS", 2)
+    policy = small_policy(5, tied=False, heads=2, kv_heads=1, hidden=6, inner=5, vocabulary=7, layers=1).double()
+    problem = Problem((1, 2), 3)
+    episodes = [Episode(problem, 0, [1, 4], [5, 0, 3], [], True, ""), Episode(problem, 0, [2], [6, 6], [], False, "")]
+
+    def logprobs(*parameters: Tensor) -> Tensor:  # gradcheck nudges them in place, so the policy sees it
+        return response_logprobs(policy, episodes, 7, sampling)[0]
+
+    assert logprobs().dtype == torch.float64
+    assert torch.autograd.gradcheck(logprobs, tuple(policy.parameters()), eps=1e-6, atol=1e-6, rtol=1e-4)
