@@ -1,8 +1,8 @@
 """Model folders: read as transformers reads them, written so that it reads them, refused in one clear line.
 
-transformers is the independent party throughout: it writes the folders that are read here, and reads those that
-are written. Every parameter is random, for at their first values biases are zero and norms one, and losing them
-would show nowhere.
+transformers is the independent party throughout: it writes the folders that are read here, and reads those
+that are written. Every parameter is random, for at their first values biases are zero and norms one, and
+losing them would show nowhere.
 """
 
 import errno
@@ -15,6 +15,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -33,6 +34,8 @@ from qwen2_model import Qwen2, Qwen2Config, head_logits
 
 ROOT = Path(__file__).resolve().parents[1]
 CPU = torch.device("cpu")
+SHAPE = dict(vocab_size=61, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=4,
+             num_key_value_heads=2, max_position_embeddings=64)  # fmt: skip
 TOKENS = torch.arange(24).view(2, 12) % 61
 ties = pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
 files = pytest.mark.parametrize("most_bytes", [10**9, 6000], ids=["one file", "shards"])
@@ -47,9 +50,8 @@ def randomise(model: torch.nn.Module) -> None:
 
 
 def reference_model(tied: bool, **changes: object) -> Qwen2ForCausalLM:
-    shape = dict(vocab_size=61, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=4,
-                 num_key_value_heads=2, max_position_embeddings=64, rope_theta=1e4)  # fmt: skip
-    model = Qwen2ForCausalLM(ReferenceConfig(**{**shape, "tie_word_embeddings": tied, **changes})).eval()
+    settings = {**SHAPE, "rope_theta": 1e4, "tie_word_embeddings": tied, **changes}
+    model = Qwen2ForCausalLM(ReferenceConfig(**settings)).eval()
     randomise(model)
     return model
 
@@ -64,9 +66,7 @@ def written(tmp_path_factory) -> dict[bool, Path]:
 
 
 def small_model(tied: bool) -> Qwen2:
-    model = Qwen2(Qwen2Config(vocab_size=61, hidden_size=16, intermediate_size=24, num_hidden_layers=2,
-                              num_attention_heads=4, num_key_value_heads=2, head_dim=4, rms_norm_eps=1e-6,
-                              rope_theta=1e4, tie_word_embeddings=tied, max_position_embeddings=64))  # fmt: skip
+    model = Qwen2(Qwen2Config(**SHAPE, head_dim=4, rms_norm_eps=1e-6, rope_theta=1e4, tie_word_embeddings=tied))
     randomise(model)
     return model
 
@@ -120,9 +120,9 @@ def test_loads_what_transformers_wrote(tied, most_bytes, stored, tmp_path):
     reference_model(tied).to(stored).save_pretrained(tmp_path, max_shard_size=most_bytes)
     assert (len(list(tmp_path.glob("*.safetensors"))) > 1) == (most_bytes == 6000)
     assert (our_logits(load(tmp_path)) - their_logits(tmp_path)).abs().max() < 1e-5
-    for name, tensor in AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16).state_dict().items():
-        if name in (views := load(tmp_path, torch.bfloat16).hf_tensors()):
-            assert views[name].dtype == torch.bfloat16 and torch.equal(views[name], tensor)
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16).state_dict()
+    for name, view in load(tmp_path, torch.bfloat16).hf_tensors().items():
+        assert view.dtype == torch.bfloat16 and torch.equal(view, theirs[name])
 
 
 def test_a_loaded_model_can_be_trained(written):
@@ -167,7 +167,7 @@ def test_loading_and_saving_take_the_memory_of_one_model(written, tmp_path):
 
     Half of the checkpoint is the embedding; that of the 0.5B model is a quarter. The largest tensor decides.
     """
-    config = Qwen2Config(65536, 512, 2560, 10, 14, 2, 64, 1e-6, 1e6, True, 32768)
+    config = Qwen2Config(65536, 512, 2560, 5, 14, 2, 64, 1e-6, 1e6, True, 32768)
     with torch.device("meta"):
         model = Qwen2(config)
     model = model.to(torch.bfloat16).to_empty(device=CPU)
@@ -176,7 +176,7 @@ def test_loading_and_saving_take_the_memory_of_one_model(written, tmp_path):
     raw = {"model_type": "qwen2", "hidden_act": "silu", **vars(config)}
     save_weights(model, tmp_path / "large", raw, most_bytes=2**26)
     size = sum(view.nbytes for view in model.hf_tensors().values())
-    assert size > 1.2e8 and len(list((tmp_path / "large").glob("*.safetensors"))) == 2
+    assert size > 1e8 and len(list((tmp_path / "large").glob("*.safetensors"))) == 2
     command = [sys.executable, "-c", MEMORY, written[True], tmp_path / "large", tmp_path / "again"]
     run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
     loading, saving = map(int, run.stdout.split())
@@ -190,9 +190,9 @@ REAL = dict(  # Qwen2.5-0.5B-Instruct, as it is published
     architectures=["Qwen2ForCausalLM"], attention_dropout=0.0, bos_token_id=151643, eos_token_id=151645,
     hidden_act="silu", hidden_size=896, initializer_range=0.02, intermediate_size=4864,
     max_position_embeddings=32768, max_window_layers=24, model_type="qwen2", num_attention_heads=14,
-    num_hidden_layers=24, num_key_value_heads=2, rms_norm_eps=1e-06, rope_theta=1000000.0, sliding_window=32768,
-    tie_word_embeddings=True, torch_dtype="bfloat16", transformers_version="4.43.1", use_cache=True,
-    use_sliding_window=False, vocab_size=151936,
+    num_hidden_layers=24, num_key_value_heads=2, rms_norm_eps=1e-06, rope_theta=1000000.0,
+    sliding_window=32768, tie_word_embeddings=True, torch_dtype="bfloat16", transformers_version="4.43.1",
+    use_cache=True, use_sliding_window=False, vocab_size=151936,
 )  # fmt: skip
 PLAIN_ROPE = {"rope_type": "default", "rope_theta": 5000.0}
 
@@ -211,7 +211,8 @@ COVERED = [  # changes to it, and what they change in the model
     ({"rope_theta": 5000, "rope_parameters": PLAIN_ROPE}, {"rope_theta": 5000.0}),
     ({"rope_scaling": {"type": "default", "rope_type": "default"}, "rope_parameters": {}}, {}),
     ({"rope_parameters": {"rope_theta": 5000.0}, "rope_theta": None}, {"rope_theta": 5000.0}),
-    ({"tie_word_embeddings": False, "rms_norm_eps": 1e-05}, {"tie_word_embeddings": False, "rms_norm_eps": 1e-05}),
+    ({"tie_word_embeddings": False}, {"tie_word_embeddings": False}),
+    ({"rms_norm_eps": 1e-05}, {"rms_norm_eps": 1e-05}),
 ]
 
 
@@ -221,18 +222,20 @@ def test_configs_in_the_wild(changes, expected, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(REAL))
     edit_json(tmp_path / "config.json", **changes)
     config = read_model_config(tmp_path)
-    assert config == Qwen2Config(**{
-        "vocab_size": 151936, "hidden_size": 896, "intermediate_size": 4864, "num_hidden_layers": 24,
-        "num_attention_heads": 14, "num_key_value_heads": 2, "head_dim": 64, "rms_norm_eps": 1e-06,
-        "rope_theta": 1e6, "tie_word_embeddings": True, "max_position_embeddings": 32768, **expected})  # fmt: skip
+    plain = Qwen2Config(151936, 896, 4864, 24, 14, 2, 64, 1e-6, 1e6, True, 32768)
+    assert config == replace(plain, **expected)
     assert type(config.rope_theta) is float
     theirs = ReferenceConfig.from_pretrained(tmp_path)
     assert theirs.rope_parameters["rope_theta"] == config.rope_theta
-    assert (getattr(theirs, "head_dim", None) or theirs.hidden_size // theirs.num_attention_heads) == config.head_dim
+    derived = theirs.hidden_size // theirs.num_attention_heads
+    assert (getattr(theirs, "head_dim", None) or derived) == config.head_dim
     assert set(theirs.layer_types) == {"full_attention"} and theirs.rope_parameters["rope_type"] == "default"
 
 
-@pytest.mark.parametrize("changes", [{}, {"head_dim": 6}, {"rope_parameters": PLAIN_ROPE}, {"rms_norm_eps": 0.01}])
+FORMS = [{}, {"head_dim": 6}, {"rope_parameters": PLAIN_ROPE}, {"rms_norm_eps": 0.01}]
+
+
+@pytest.mark.parametrize("changes", FORMS)
 def test_each_form_of_config_gives_the_same_logits(changes, tmp_path):
     reference_model(False, **changes).save_pretrained(tmp_path)
     assert (our_logits(load(tmp_path)) - their_logits(tmp_path)).abs().max() < 1e-5
@@ -280,14 +283,16 @@ REFUSED = [
      + ONLY_PLAIN),
     ({"rope_parameters": {"rope_theta": 1e6, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
                           "original_max_position_embeddings": 8192, "rope_type": "llama3"}},
-     'rope_parameters is {"rope_type": "llama3", "original_max_position_emb... (131 characters); ' + ONLY_PLAIN),
-    ({"rope_scaling": {"rope_type": "default", "type": "linear"}}, 'rope_scaling is {"type": "linear"}; ' + ONLY_PLAIN),
+     'rope_parameters is {"rope_type": "llama3", "original_max_position_emb... (129 characters); '
+     + ONLY_PLAIN),
+    ({"rope_scaling": {"rope_type": "default", "type": "linear"}},
+     'rope_scaling is {"type": "linear"}; ' + ONLY_PLAIN),
     ({"rope_scaling": {"factor": 2.0}}, 'rope_scaling is {"factor": 2.0}; ' + ONLY_PLAIN),
     ({"rope_scaling": "yarn"}, 'rope_scaling is {"type": "yarn"}; ' + ONLY_PLAIN),
     ({"rope_parameters": {"full_attention": PLAIN_ROPE}},
      'rope_parameters is {"full_attention": {"rope_type": "default", "rope_theta": 5000.0}}; ' + ONLY_PLAIN),
     ({"layer_types": ["full_attention"] * 23 + ["sliding_attention"]},
-     'layer_types is ["full_attention", "full_attention", "full_attenti... (457 characters); '
+     'layer_types is ["full_attention", "full_attention", "full_attenti... (435 characters); '
      'only "full_attention" in each layer is covered'),
     ({"layer_types": 5}, 'layer_types is 5; only "full_attention" in each layer is covered'),
 ]  # fmt: skip
@@ -295,7 +300,7 @@ REFUSED = [
 
 @pytest.mark.parametrize("changes, message", REFUSED)
 def test_configs_that_are_refused(changes, message, tmp_path):
-    """Nothing that changes the logits is guessed: a model with the wrong base or without its scaling would run."""
+    """Nothing that changes the logits is guessed: with the wrong base, or unscaled, a model would still run."""
     (tmp_path / "config.json").write_text(json.dumps(REAL))
     edit_json(tmp_path / "config.json", **changes)
     assert said(read_model_config, tmp_path) == f"{tmp_path / 'config.json'}: {message}"
@@ -336,6 +341,7 @@ POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:" + b"0" * 64
 DAMAGED = "{folder}/model.safetensors: damaged, cut short or no safetensors file (*); fetch it again"
 UNFIT = "{folder}: the weights are not those that config.json describes: "
 INDEX = "model.safetensors.index.json"
+ABSENT = "{folder}/" + INDEX + ": names files that are not in its folder: "
 DAMAGES = {  # what happened to the folder, and what is said; * stands for the library's own words
     "no config": (lambda f: (f / "config.json").unlink(),
                   "{folder}/config.json: cannot be read: No such file or directory"),
@@ -344,7 +350,8 @@ DAMAGES = {  # what happened to the folder, and what is said; * stands for the l
     "no weights": (lambda f: (f / "model.safetensors").unlink(),
                    "{folder}: holds neither model.safetensors nor " + INDEX + "; no other weights are read"),
     "git-LFS pointer": (weights(lambda content: POINTER),
-                        "{folder}/model.safetensors: a git-LFS pointer, not the weights: run `git lfs pull` there"),
+                        "{folder}/model.safetensors: a git-LFS pointer, not the weights: "
+                        "run `git lfs pull` there"),
     "empty": (weights(lambda content: b""), DAMAGED),
     "no data": (weights(lambda content: content[: 8 + int.from_bytes(content[:8], "little")]), DAMAGED),
     "last byte lost": (weights(lambda content: content[:-1]), DAMAGED),
@@ -377,8 +384,8 @@ DAMAGES = {  # what happened to the folder, and what is said; * stands for the l
                          UNFIT + "missing: model.layers.2.self_attn.q_proj.weight, "
                                  "model.layers.2.self_attn.k_proj.weight, *, *, * and 7 more"),
     "other heads": (lambda f: edit_json(f / "config.json", num_key_value_heads=4),
-                    UNFIT + "unfit: model.layers.0.self_attn.k_proj.bias is F32 [8], not BF16/F16/F32 [16], * "
-                            "and 3 more"),
+                    UNFIT + "unfit: model.layers.0.self_attn.k_proj.bias is F32 [8], not BF16/F16/F32 [16], "
+                            "* and 3 more"),
     "far too large": (lambda f: edit_json(f / "config.json", vocab_size=2**24, intermediate_size=2**20),
                       UNFIT + "unfit: *"),
     "no tied head": (lambda f: edit_json(f / "config.json", tie_word_embeddings=False),
@@ -391,18 +398,18 @@ DAMAGES = {  # what happened to the folder, and what is said; * stands for the l
         lambda f: edit_weights(f, lm_head__weight=torch.ones(60, 16)),
         UNFIT + "unfit: lm_head.weight is F32 [60, 16], not BF16/F16/F32 [61, 16]"),
     "a shard lost": (shard_then(lambda f: (f / "1.safetensors").unlink()),
-                     "{folder}/" + INDEX + ": names files that are not in its folder: 1.safetensors"),
+                     ABSENT + "1.safetensors"),
     "a shard cut short": (shard_then(lambda f: os.truncate(f / "1.safetensors", 2000)),
-                          "{folder}/1.safetensors: damaged, cut short or no safetensors file (*); fetch it again"),
+                          DAMAGED.replace("model", "1")),
     "a shard twice": (shard_then(lambda f: shutil.copy(f / "0.safetensors", f / "1.safetensors")),
                       UNFIT + "missing: *"),
-    "an index to elsewhere": (shard_then(lambda f: edit_json(f / INDEX, weight_map={"a": "../0.safetensors"})),
-                              "{folder}/" + INDEX + ": names files that are not in its folder: ../0.safetensors"),
+    "an index to elsewhere": (shard_then(lambda f: edit_json(f / INDEX, weight_map={"a": "../0.safetensors"})
+                                         ), ABSENT + "../0.safetensors"),
     "an index of numbers": (shard_then(lambda f: edit_json(f / INDEX, weight_map={"a": 5, "b": []})),
-                            "{folder}/" + INDEX + ": names files that are not in its folder: 5, []"),
-    "an index without a map": (shard_then(lambda f: edit_json(f / INDEX, weight_map=[])),
-                               "{folder}/" + INDEX + ": weight_map must be an object that names the file of each "
-                               "tensor"),
+                            ABSENT + "5, []"),
+    "an index without a map": (
+        shard_then(lambda f: edit_json(f / INDEX, weight_map=[])),
+        "{folder}/" + INDEX + ": weight_map must be an object that names the file of each tensor"),
     "an empty index": (shard_then(lambda f: edit_json(f / INDEX, weight_map={})), UNFIT + "missing: *"),
 }  # fmt: skip
 
@@ -432,7 +439,7 @@ def test_flipped_and_lost_bytes_never_end_in_a_traceback(name, written, tmp_path
         shard(tmp_path)
     content, rng, refused = (tmp_path / name).read_bytes(), random.Random(name), 0
     header = 8 + int.from_bytes(content[:8], "little") if name.endswith(".safetensors") else len(content)
-    for attempt in range(250):
+    for attempt in range(150):
         damaged = bytearray(content)
         for _ in range(rng.randint(1, 3)):
             damaged[rng.randrange(header if attempt % 5 else len(content))] ^= 1 << rng.randrange(8)
@@ -444,7 +451,7 @@ def test_flipped_and_lost_bytes_never_end_in_a_traceback(name, written, tmp_path
         except UserError as error:
             refused += 1
             assert str(tmp_path) in str(error) and "\n" not in str(error) and len(str(error)) < 1000
-    assert refused > 100
+    assert refused > 60
 
 
 # -------------------------------------------------------------------------------------------------- saving
@@ -456,7 +463,8 @@ SOURCE = {  # a fine-tune's folder: what is not the model's shape must come thro
         "num_key_value_heads": 2, "rms_norm_eps": 1e-6, "rope_theta": 10000.0, "max_position_embeddings": 64,
         "use_sliding_window": False, "sliding_window": 4096, "torch_dtype": "float16", "pad_token_id": 7,
         "mine": {"a": [1]}}),
-    "tokenizer.json": '{"any": "\\u00e9"}', "tokenizer_config.json": '{"x":1}', "chat_template.jinja": "{{ x }}\n",
+    "tokenizer.json": '{"any": "\\u00e9"}', "tokenizer_config.json": '{"x":1}',
+    "chat_template.jinja": "{{ x }}\n",
     "generation_config.json": '{"eos_token_id": [5, 7]}', "pytorch_model.bin": "not to be copied",
 }  # fmt: skip
 
@@ -494,7 +502,8 @@ def test_transformers_opens_what_is_saved(tied, most_bytes, source, tmp_path):
         assert shards == ["model.safetensors"] and not (folder / INDEX).exists()
         return
     assert shards == [f"model-{i:05}-of-{len(shards):05}.safetensors" for i in range(1, len(shards) + 1)]
-    assert len(shards) > 2 and all((folder / name).stat().st_size < most_bytes + 2500 for name in shards)  # + header
+    header = 2500
+    assert len(shards) > 2 and all((folder / name).stat().st_size < most_bytes + header for name in shards)
     index = json.loads((folder / INDEX).read_text())
     assert index["metadata"]["total_size"] == sum(tensor.nbytes for tensor in tensors.values())
     assert {name: file for file in shards for name in load_file(folder / file)} == index["weight_map"]
@@ -523,7 +532,7 @@ def test_the_newer_name_of_the_type_does_not_stay_behind(source, tmp_path):
 
 
 def test_saving_again_leaves_no_part_of_the_earlier_save(source, tmp_path):
-    """transformers and this repository take model.safetensors where it is, so an old one would win over shards."""
+    """transformers and this repository take model.safetensors where it is: an old one would win over shards."""
     config = {**json.loads((source / "config.json").read_text()), "tie_word_embeddings": False}
     older, newer = small_model(False), small_model(False)
     with torch.no_grad():
@@ -570,9 +579,12 @@ def test_a_local_folder_is_taken_as_it_is(tmp_path, monkeypatch):
     assert find_folder(str(tmp_path)) == tmp_path
 
 
-@pytest.mark.parametrize("path", ["none", "/none/at/all", "./no", "a/b/c", "a file/", "file/x", "", "x" * 400, "a\0b"])
+NO_PATHS = ["none", "/none/at/all", "./no", "a/b/c", "a file/", "file/x", "", "x" * 400, "a\0b"]
+
+
+@pytest.mark.parametrize("path", NO_PATHS)
 def test_a_path_that_is_nothing(path, tmp_path, monkeypatch):
-    """It may not be taken for a hub id, nor may a file: that would ask the network for somebody's typing error."""
+    """It may not be taken for a hub id, nor may a file: a typing error is not to be asked of the network."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "file").mkdir()
     (tmp_path / "file" / "x").write_text("")
@@ -600,8 +612,9 @@ def find_each(wanted: list, endpoint: str, home: Path, offline: str) -> list:
     In a process of its own, as huggingface_hub reads its environment when it is imported.
     """
     settings = {"HF_ENDPOINT": endpoint, "HF_HOME": str(home), "HF_HUB_OFFLINE": offline}
-    run = subprocess.run([sys.executable, "-c", FIND, json.dumps(wanted)], cwd=ROOT, env={**os.environ, **settings},
-                         capture_output=True, text=True, check=True)  # fmt: skip
+    command = [sys.executable, "-c", FIND, json.dumps(wanted)]
+    environment = {**os.environ, **settings}
+    run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True)
     return [json.loads(line) for line in run.stdout.splitlines()]
 
 
@@ -610,7 +623,7 @@ def test_models_of_the_hub(tmp_path):
     needed = ["config.json", "generation_config.json", "model-00001-of-00002.safetensors",
               "model-00002-of-00002.safetensors", INDEX, "tokenizer.json", "tokenizer_config.json",
               "chat_template.jinja"]  # fmt: skip
-    spare = ["README.md", "pytorch_model.bin", "checkpoint-50/model.safetensors", "onnx/config.json", "vocab.json"]
+    spare = ["README.md", "pytorch_model.bin", "vocab.json", "checkpoint-50/model.safetensors", "onnx/config.json"]
     served = {name: name.encode() for name in needed + spare}
     names = ["lab/model", "no/such", "gated/model", "sealed/model"]
     get = "cannot get this model from the hub"
@@ -621,7 +634,8 @@ def test_models_of_the_hub(tmp_path):
         wanted = [("lab/model", "v9"), *((name, None) for name in names)]
         answers = find_each(wanted, endpoint, tmp_path, offline="0")
     assert answers == [
-        f"lab/model at revision v9: {get}: it has no such revision: set model.revision to a branch, tag or commit of it",
+        f"lab/model at revision v9: {get}: it has no such revision: "
+        "set model.revision to a branch, tag or commit of it",
         sorted(needed),
         f"no/such: {get}: no folder here, no model there you may see: check model.path, set HF_TOKEN",
         f"gated/model: {consent}",

