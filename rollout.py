@@ -82,6 +82,10 @@ def draw(logits: Tensor, uniform: Tensor, sampling: Sampling) -> tuple[Tensor, T
         # below the total by at least one float, so that rounding never lands past the last possible token
         point = torch.minimum(uniform[:, None] * total, total.nextafter(torch.zeros_like(total)))
         tokens = torch.searchsorted(cdf, point, right=True)[:, 0]
+        if sampling.top_k or sampling.top_p < 1.0:
+            # a GPU sums in a tree, so a cdf may rise a little where the probability is zero: no token to take
+            possible = probability.gather(-1, tokens[:, None])[:, 0] > 0
+            tokens = torch.where(possible, tokens, probability.argmax(dim=-1))
     return tokens, probability.gather(-1, tokens[:, None])[:, 0].log()
 
 
@@ -94,7 +98,8 @@ class KVCache:
     def __init__(self, model: Qwen2, rows: int, prompt_lengths: Tensor, columns: int) -> None:
         config, weight = model.config, model.embed.weight
         shape = (config.num_hidden_layers, 2, rows, config.num_key_value_heads, columns, config.head_dim)
-        self.data = torch.empty(shape, dtype=weight.dtype, device=weight.device)
+        # zeros: a graph reads columns before they are written, and a nan there spreads even with the weight 0
+        self.data = torch.zeros(shape, dtype=weight.dtype, device=weight.device)
         self.prompt_columns = int(prompt_lengths.max())
         self.prompt_lengths = prompt_lengths  # (questions,)
         self.group = rows // len(prompt_lengths)

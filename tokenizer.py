@@ -133,4 +133,4 @@ def compile_template(folder: Path, settings: dict[str, Any]) -> jinja2.Template:
     try:
         return environment.from_string(source)
     except Exception as error:  # a TemplateError, or what Python says to a program that is nested too deep
-        raise UserError(f"{folder}: bad chat template: {getattr(error, 'message', error)}") from None
+        raise UserError(f"{folder}: bad chat template: {' '.join(str(error).split())[:200]}") from None

@@ -1,7 +1,7 @@
 """A small random policy, and sampling from it the plain way: the oracle of test_rollout.py and test_grpo.py.
 
-Here is nothing of what rollout.py and grpo.py do to be fast: one row at a time, no padding, no cache, the whole model
-again for every token, and the distribution worked out in numpy's float64.
+Here is nothing of what rollout.py and grpo.py do to be fast: one row at a time, no padding, no cache, the
+whole model again for every token, and the distribution worked out in numpy's float64.
 """
 
 from dataclasses import replace
@@ -17,15 +17,15 @@ from rollout import Answer, Sampling
 VOCABULARY = 211  # ids the tokenizer knows; the model's own vocabulary is larger, as Qwen's is
 DEVICES = ["cpu"] + ["cuda"] * torch.cuda.is_available()
 UNCUT = Sampling()  # temperature 1, neither top-k nor top-p
-TOO_CLOSE = 1e-5  # fp32 cannot be asked to choose between two tokens when the number is this near their border
+TOO_CLOSE = 1e-5  # to a border between two tokens: not for fp32 to decide
 
 
 def small_policy(seed: int, device: str = "cpu", tied: bool = True, layers: int = 2, heads: int = 4,
                  kv_heads: int = 2, hidden: int = 32, inner: int = 48, vocabulary: int = VOCABULARY) -> Qwen2:
-    """A Qwen2 with random weights, biases and norms: sharp enough to be worth sampling from, far from a fixed text."""
+    """A Qwen2 with random weights, biases and norms: its distributions are neither flat nor fixed."""
     config = Qwen2Config(vocab_size=vocabulary + 20, hidden_size=hidden, intermediate_size=inner,
-                         num_hidden_layers=layers, num_attention_heads=heads, num_key_value_heads=kv_heads, head_dim=8,
-                         rms_norm_eps=1e-6, rope_theta=10000.0, tie_word_embeddings=tied,
+                         num_hidden_layers=layers, num_attention_heads=heads, num_key_value_heads=kv_heads,
+                         head_dim=8, rms_norm_eps=1e-6, rope_theta=10000.0, tie_word_embeddings=tied,
                          max_position_embeddings=128)
     policy = Qwen2(config)
     generator = torch.Generator().manual_seed(seed)
@@ -50,7 +50,7 @@ def plain_logits(policy: Qwen2, tokens: list[int], vocabulary: int = VOCABULARY)
 
 
 def plain_distribution(logits: np.ndarray, sampling: Sampling) -> np.ndarray:
-    """Probabilities (V,) that `sampling` draws from: temperature, then the k likeliest, of those the first p."""
+    """Probabilities (V,) that `sampling` draws from: tempered, of the k likeliest, of those the first p."""
     scaled = logits / (sampling.temperature or 1.0)
     weights = np.exp(scaled - scaled.max())
     likeliest = np.argsort(-weights)
@@ -81,7 +81,8 @@ def plain_answer(policy: Qwen2, prompt: list[int], uniforms: Tensor, redraw: np.
         borders = probabilities.cumsum()
         while np.abs(borders - uniforms[place].item()).min() < TOO_CLOSE:
             uniforms[place] = float(redraw.random(dtype=np.float32))
-        token = int(logits.argmax() if sampling.temperature == 0 else (borders <= uniforms[place].item()).sum())
+        drawn = (borders <= uniforms[place].item()).sum()
+        token = int(logits.argmax() if sampling.temperature == 0 else drawn)
         ids.append(token)
         logprobs.append(float(np.log(probabilities[token])))
     return Answer(0, ids, logprobs, ended=False)
@@ -97,4 +98,5 @@ def cut(answer: Answer, question: int, end_ids: set[int]) -> Answer:
 def as_episodes(answers: list[Answer], prompts: list[list[int]]) -> list[Episode]:
     """Answers as the trainer gets them, without text and reward."""
     problem = Problem((1, 2), 3)
-    return [Episode(problem, a.question, prompts[a.question], a.ids, a.logprobs, a.ended, "") for a in answers]
+    return [Episode(problem, a.question, prompts[a.question], a.ids, a.logprobs, a.ended, text="")
+            for a in answers]

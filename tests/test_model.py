@@ -1,8 +1,8 @@
 """The hand-written Qwen2 against transformers' Qwen2ForCausalLM: logits, gradients, cached decode and bf16.
 
 A policy that is almost Qwen2.5 still trains, only worse: nobody notices a missing bias or a wrong epsilon by
-looking at a reward curve. So each comparison here is with the reference implementation, on models that have the
-head counts of a real size but are small elsewhere, and whose every parameter is random: at their usual first
+looking at a reward curve. So each comparison here is with the reference implementation, on models that have
+the head counts of a real size but are small elsewhere, and whose every parameter is random: at their first
 values the biases are zero and the norm weights one, and leaving them out would change nothing. The last part
 proves that the comparison notices: it breaks one part of the model after the other.
 

@@ -2,7 +2,7 @@
 
 A prompt that is off by one token trains as well as any other, on a question the model was never tuned to
 read. So ids and chats are compared with transformers: on a small tokenizer of Qwen2.5's design, trained here,
-and, where it is at hand, on the real one, for which chats with their texts and ids were written down (golden).
+and, where it is at hand, on the real one, for which chats, texts and ids were written down (golden).
 
 A model folder comes from the internet: its template is a program, its files may be anything. The second half
 tries what one can hold; each bad one must end in a UserError of one line that names the folder or the file.
@@ -17,7 +17,7 @@ from functools import cache, partial
 from pathlib import Path
 
 import pytest
-from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, trainers
+from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from tokenizers import Tokenizer as BytePairTokenizer
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
@@ -118,7 +118,7 @@ def test_golden_chats_give_their_text_and_ids():
 
 @needs_real
 def test_a_prompt_is_a_golden_chat_with_the_turn_opened():
-    """The prefix is encoded with the chat, not after it: no token begins where the prefix does."""
+    """The chat's own tokens stay as the model knows them, and the opened turn follows."""
     golden, tokenizer = read_json(REAL / "golden_chats.json"), Tokenizer(REAL)
     case = next(c for c in golden["cases"] if c["name"] == "user_only" and c["add_generation_prompt"])
     ids = tokenizer.encode_prompt(case["messages"][0]["content"], "Let me solve this step by step.\n<think>")
@@ -127,8 +127,9 @@ def test_a_prompt_is_a_golden_chat_with_the_turn_opened():
 
 
 SCRIPTS = [
-    "0-~", "\u00a1-\u017f", "\u0370-\u04ff", "\u05d0-\u064a", "\u0900-\u097f", "\u0e01-\u0e5b",
-    "\u1100-\u11ff", "\u3041-\u30ff", "\u4e00-\u9fff", "\uac00-\ud7a3", "\ufb00-\ufdff", "\U0001d400-\U0001d7ff",
+    "0-~", "\u00a1-\u017f", "\u0370-\u04ff", "\u05d0-\u064a", "\u0900-\u097f",
+    "\u0e01-\u0e5b", "\u1100-\u11ff", "\u3041-\u30ff", "\u4e00-\u9fff", "\uac00-\ud7a3", "\ufb00-\ufdff",
+    "\U0001d400-\U0001d7ff",
     "\U0001f300-\U0001faff", "\U00020000-\U0002a6df",
 ]
 PIECES = [
@@ -207,6 +208,15 @@ def test_truncation_and_padding_left_in_the_file_are_switched_off(folder):
     assert Tokenizer(folder(tokenizer__json=bpe.to_str())).encode("a text of more than eight tokens") == plain
 
 
+def test_no_token_is_added_around_a_text(folder):
+    """Some tokenizers open every text with a token of their own; a chat already has all its tokens."""
+    bpe = BytePairTokenizer.from_str(small_bpe())
+    opening = ("<|endoftext|>", 316)
+    bpe.post_processor = processors.TemplateProcessing("<|endoftext|> $A", special_tokens=[opening])
+    assert bpe.encode("x").ids[0] == 316
+    assert Tokenizer(folder(tokenizer__json=bpe.to_str())).encode("x") == Tokenizer(folder()).encode("x")
+
+
 # ---- Chats -------------------------------------------------------------------------------------------------
 
 
@@ -219,7 +229,7 @@ TEMPLATES = {
     "breaks off a loop": "{% for m in messages %}{{ m.content }}{% if loop.index > 1 %}{% break %}{% endif %}"
                          "{% endfor %}",
     "writes JSON": "{{ messages | tojson }}{{ messages[0] | tojson(indent=2) }}",
-    "keeps a variable": "{% set ns = namespace(n=0) %}{% for m in messages %}{% set ns.n = ns.n + loop.index %}"
+    "keeps a variable": "{% set ns = namespace(n=0) %}{% for m in messages %}{% set ns.n = ns.n + 2 %}"
                         "{% endfor %}{{ ns.n }}{% if ns.n < 0 %}{{ raise_exception('short') }}{% endif %}",
     "starts at the second": "{% for m in messages[1:] %}{{ loop.first }}{{ m.content.strip() }}{% endfor %}",
 }
@@ -436,6 +446,7 @@ HOSTILE = {  # template: what the line says
     "{% for %}": "Expected an expression, got 'end of statement block'",
     "{% generation %}x{% endgeneration %}": "unknown tag 'generation'",
     "{% if x %}": "Unexpected end of template",
+    "{% " + "x" * 9999 + " %}": "unknown tag 'xxx",
     "{{ x | nothing }}": "No filter named 'nothing'",
     # no text
     "{{ '\\ud800' }}": "surrogates not allowed",
