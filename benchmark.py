@@ -4,6 +4,8 @@
     python benchmark.py --config config_tiny.yml --ablate           # each idea of rollout.py switched off in turn
     python benchmark.py --config config_tiny.yml --grow             # other group sizes and lengths
     python benchmark.py --config config.yml --shape 3B --json benchmarks/3b.json    # random weights, no download
+    python benchmark.py --config config.yml --shape 3B --plan 48    # the memory plan for a card of 48 GB, nothing run
+    python benchmark.py --config config.yml --fits                  # which sizes fit on 24, 48 and 80 GB
 
 Everything compared runs in turns within one process, and the figure is the median over the rounds: on a shared machine
 only ratios from one run mean anything. `transformers` (requirements-dev.txt) generates from the same weights, prompts
@@ -21,8 +23,9 @@ import platform
 import statistics
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -30,28 +33,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import rollout
+from checkpoint import find_folder, read_model_config
 from countdown_task import ASSISTANT_PREFIX, question_text
 from data_types import Config, UserError, load_config
+from memory import GIB, SHAPES, advice, plan_memory, shape_config
 from qwen2_model import Qwen2, Qwen2Config
 from rollout import Answer, Decoder, KVCache, Sampling, generate
 from train import find_device, set_up
-
-# hidden, inner, layers, query heads, kv heads, tied, vocabulary: the dense Qwen2.5 sizes
-SHAPES = {
-    "0.5B": (896, 4864, 24, 14, 2, True, 151936),
-    "1.5B": (1536, 8960, 28, 12, 2, True, 151936),
-    "3B": (2048, 11008, 36, 16, 2, True, 151936),
-    "7B": (3584, 18944, 28, 28, 4, False, 152064),
-    "14B": (5120, 13824, 48, 40, 8, False, 152064),
-    "32B": (5120, 27648, 64, 40, 8, False, 152064),
-    "72B": (8192, 29568, 80, 64, 8, False, 152064),
-}
-
-
-def shape_config(name: str) -> Qwen2Config:
-    """The Qwen2Config of a real size."""
-    hidden, inner, layers, heads, kv_heads, tied, vocabulary = SHAPES[name]
-    return Qwen2Config(vocabulary, hidden, inner, layers, heads, kv_heads, hidden // heads, 1e-6, 1e6, tied, 32768)
 
 
 def random_model(config: Qwen2Config, device: torch.device, dtype: torch.dtype) -> Qwen2:
@@ -94,25 +82,24 @@ def count_tokens(answers: Sequence[Answer]) -> int:
 
 
 @contextmanager
-def forced_lengths(lengths: Tensor | None):
+def forced_lengths(lengths: Tensor | None) -> Iterator[None]:
     """While active, answers end at these lengths (rows,) and nowhere else."""
 
     class ForcedDecoder(Decoder):
         def record(self, logits: Tensor) -> None:
             super().record(logits)
             rows = self.rows[: len(logits)]
-            self.alive[: len(logits)] &= self.lengths[rows] < limits[rows]
+            self.alive[: len(logits)] &= self.lengths[rows] < lengths.to(rows.device)[rows]
 
     if lengths is None:
         yield
         return
-    limits = lengths.to(find_device("auto"))
     with replaced(rollout, "Decoder", ForcedDecoder):
         yield
 
 
 @contextmanager
-def replaced(module: object, name: str, stand_in: object):
+def replaced(module: object, name: str, stand_in: object) -> Iterator[None]:
     """While active, `module.name` is `stand_in`: how an idea of the sampler is switched off from outside."""
     original = getattr(module, name)
     setattr(module, name, stand_in)
@@ -179,7 +166,7 @@ def ablations(work: Work) -> dict[str, Callable[[], int]]:
     return variants
 
 
-def transformers_sampler(work: Work, folder: str | None) -> Callable[[], int]:
+def transformers_sampler(work: Work) -> Callable[[], int]:
     """`transformers` generate on the same weights, prompts and lengths: left padding, its own KV cache, sampling."""
     import transformers
 
@@ -279,7 +266,7 @@ def make_work(config: Config, shape: str | None) -> Work:
         run = set_up(config)
         prompts = [run.tokenizer.encode_prompt(question_text(p), ASSISTANT_PREFIX) for p in run.training[:questions]]
         return Work(run.policy, prompts, group, max_new, run.tokenizer.end_ids, len(run.tokenizer))
-    device = find_device(config.model.device)
+    device = find_device(config)
     model = random_model(shape_config(shape), device, getattr(torch, config.model.dtype))
     prompts = [[1000 + i] * (140 + i % 8) for i in range(questions)]
     lengths = answer_lengths(questions * group, 331, max_new)
@@ -291,7 +278,7 @@ def measure_rollout(work: Work, arguments: argparse.Namespace) -> dict[str, obje
     device = work.model.embed.weight.device
     variants: dict[str, Callable[[], int]] = {"ours": work.sample}
     if not arguments.no_transformers:
-        variants["transformers"] = transformers_sampler(work, None)
+        variants["transformers"] = transformers_sampler(work)
     if arguments.ablate:
         variants |= {name: run for name, run in ablations(work).items() if name != "all ideas"}
     results: dict[str, object] = take_turns(variants, arguments.rounds, device)
@@ -331,6 +318,24 @@ def table(results: dict[str, dict[str, float]]) -> None:
               f"first / this {first / row['tokens_per_second']:.2f}")
 
 
+def what_fits(base: Config, card_gb: int) -> list[str]:
+    """For a card, one line a size: the first of the settings, fastest first, whose plan for `base` fits."""
+    lines = []
+    for name in SHAPES:
+        found = "does not fit"
+        modes = (("master", 16384), ("split", 16384), ("split", 8192), ("offload", 8192), ("offload", 2048))
+        for mode, tokens in modes:
+            train = replace(base.train, optimizer=mode, tokens_per_microbatch=tokens)
+            plan = plan_memory(replace(base, train=train), shape_config(name), card_gb * 0.95 * GIB)
+            if plan.peak <= card_gb * 0.95 * GIB:
+                waves = -(-base.rollout.questions_per_step // plan.questions_per_wave)
+                plural = "s" if waves > 1 else ""
+                found = f"{mode}, {tokens} tokens a micro-batch, {waves} wave{plural}, {plan.peak / GIB:.1f} GiB"
+                break
+        lines.append(f"| {name} | {card_gb} GB | {found} |")
+    return lines
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description="Measure the sampler beside the hardware and transformers.")
     parser.add_argument("--config", required=True)
@@ -338,12 +343,27 @@ def main() -> int:
     parser.add_argument("--ablate", action="store_true", help="switch each idea of the sampler off in turn")
     parser.add_argument("--grow", action="store_true", help="measure other group sizes and lengths instead")
     parser.add_argument("--no-transformers", action="store_true", help="leave transformers out")
+    parser.add_argument("--plan", type=float, metavar="GB", help="only print the memory plan for a card of this size")
+    parser.add_argument("--fits", action="store_true", help="only print which sizes fit on 24, 48 and 80 GB")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--json", type=Path, help="write all figures to this file too")
     parser.add_argument("overrides", nargs="*", help="settings such as rollout.group_size=32 model.path=runs/x/final")
     arguments = parser.parse_args()
     try:
-        work = make_work(load_config(arguments.config, arguments.overrides), arguments.shape)
+        config = load_config(arguments.config, arguments.overrides)
+        if arguments.fits:
+            print("\n".join(line for card in (24, 48, 80) for line in what_fits(config, card)))
+            return 0
+        if arguments.plan:
+            shape = (shape_config(arguments.shape) if arguments.shape else
+                     read_model_config(find_folder(config.model.path, config.model.revision)))
+            card = arguments.plan * 0.95 * GIB  # of a card's nominal size, what CUDA reports
+            plan = plan_memory(config, shape, card)
+            print(plan.table(card))
+            if plan.peak > card:
+                print(f"does not fit: {advice(config, plan, card)}")
+            return 0
+        work = make_work(config, arguments.shape)
     except UserError as error:
         print(f"benchmark.py: {error}", file=sys.stderr)
         return 2

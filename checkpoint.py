@@ -212,7 +212,7 @@ def read_header(path: Path) -> dict[str, tuple[list[int], str]]:
             slices = ((name, file.get_slice(name)) for name in file.keys())
             return {name: (part.get_shape(), part.get_dtype()) for name, part in slices}
     except (OSError, SafetensorError) as error:
-        raise UserError(f"{path}: damaged, cut short or no safetensors file ({error}); fetch it again") from None
+        raise UserError(f"{path}: damaged, cut short or not safetensors ({error}); fetch it again") from None
 
 
 def listed(names: Sequence[str]) -> str:

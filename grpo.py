@@ -99,7 +99,8 @@ def response_logprobs(model: Qwen2, episodes: Sequence[Episode], vocabulary: int
         return logprobs.gather(-1, targets[:, None])[:, 0], entropy
 
     parts = [
-        checkpoint(chunk, hidden[i : i + CHUNK_TOKENS], head, targets[i : i + CHUNK_TOKENS], use_reentrant=False)
+        checkpoint(chunk, hidden[i : i + CHUNK_TOKENS], head, targets[i : i + CHUNK_TOKENS], use_reentrant=False,
+                   preserve_rng_state=False)
         for i in range(0, len(targets), CHUNK_TOKENS)
     ]
     return torch.cat([logprob for logprob, _ in parts]), torch.cat([entropy for _, entropy in parts])
@@ -110,8 +111,8 @@ def policy_gradient(policy: Qwen2, optimizer: torch.optim.Optimizer, episodes: S
                     on_tokens: Callable[[int], object] = lambda count: None) -> dict[str, float | None]:
     """One policy-gradient step: ascend sum(advantage * logprob) / response tokens of the whole batch.
 
-    Returns loss, grad_norm, entropy and logprob_gap (mean |trainer - sampler|; None when no row had an advantage),
-    tokens (run through the model) and skipped (1 when the gradient was not finite and the weights were left alone).
+    Returns loss, grad_norm, entropy and logprob_gap (mean |trainer - sampler|) over the rows with an advantage, None
+    where there was none, and skipped: 1 when the gradient was not finite and the weights were left alone.
     """
     total = sum(len(episode.response_ids) for episode in episodes)
     telling = [episode for episode in episodes if episode.advantage != 0.0]

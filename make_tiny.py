@@ -29,7 +29,7 @@ import random
 import re
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import pandas
@@ -38,7 +38,7 @@ import torch.nn.functional as F
 from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers, trainers
 from tokenizers import Tokenizer as BytePairTokenizer
 
-from checkpoint import load_model, write_model
+from checkpoint import load_model, save_weights
 from countdown_task import ASSISTANT_PREFIX, generate_problems, grade, question_text, split_problems
 from data_types import Problem
 from qwen2_model import Qwen2, Qwen2Config, head_logits
@@ -158,7 +158,8 @@ def best_second(left: list[Try], first: str, target: int) -> Try:
 def write_tokenizer(problems: list[Problem], recipe: Recipe, folder: Path) -> Tokenizer:
     """Train and save a byte-level BPE as in Qwen2.5, digits single, with one difference: merges may cross words.
 
-    So the fixed wording of the prompt becomes a handful of tokens, and a prompt has about 20.
+    So the fixed wording of the prompt becomes a handful of tokens, and a prompt has about 20. (transformers reads it
+    with PreTrainedTokenizerFast; AutoTokenizer would put Qwen's word splitting in its place.)
     """
     rng = random.Random(recipe.seed)
     texts = []
@@ -207,6 +208,13 @@ def new_model(vocabulary: int, seed: int) -> Qwen2:
         elif name.endswith("bias"):
             torch.nn.init.zeros_(weight)
     return model
+
+
+def config_json(model: Qwen2, tokenizer: Tokenizer) -> dict[str, object]:
+    """The model's config.json, as transformers wants it."""
+    text_end, turn_end = tokenizer.end_ids
+    return {"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", "hidden_act": "silu", **asdict(model.config),
+            "use_sliding_window": False, "bos_token_id": text_end, "eos_token_id": turn_end}
 
 
 def batches(tokenizer: Tokenizer, problems: list[Problem], lesson: Lesson, rng: random.Random,
@@ -314,7 +322,7 @@ def main() -> None:
         tokenizer = write_tokenizer(training, recipe, arguments.out)
         model = new_model(len(tokenizer), recipe.seed)
         teach(model, tokenizer, training, recipe)
-        write_model(model, arguments.out, tokenizer.end_ids[1], tokenizer.end_ids[0])
+        save_weights(model, arguments.out, config_json(model, tokenizer))
         write_problems(problems, arguments.out / "problems.parquet")
         write_problems(training, arguments.out / "sft_problems.parquet")
     for temperature in (1.0, 0.0):

@@ -5,21 +5,17 @@ after minutes of sampling. The plan counts what the code allocates: weights, opt
 activations and the sampler's buffers from the shapes of what is kept; for the rest (CUDA itself, fragmentation) it
 keeps RESERVE free.
 
-    python memory.py                                  # which sizes fit on which cards, with which settings
-    python memory.py --config config.yml --card 48    # the plan of one config on a card of 48 GB, nothing loaded
+    python benchmark.py --config config.yml --fits                  # which sizes fit on which cards, with which settings
+    python benchmark.py --config config.yml --shape 3B --plan 48    # the plan of one config on a card of 48 GB
 
 Left out: several GPUs, and the host's memory.
 """
 
-import argparse
-import sys
-from dataclasses import dataclass, replace
-from pathlib import Path
+from dataclasses import dataclass
 
 import torch
 
-from checkpoint import find_folder, read_model_config
-from data_types import Config, UserError, load_config
+from data_types import Config, UserError
 from grpo import CHUNK_TOKENS
 from optimizer import SLICE
 from qwen2_model import Qwen2Config
@@ -156,49 +152,3 @@ def advice(config: Config, plan: MemoryPlan, card: float) -> str:
     if config.train.optimizer != "offload":
         return f"set train.optimizer={'split' if config.train.optimizer == 'master' else 'offload'}"
     return "lower train.tokens_per_microbatch, or take a smaller model or a larger card"
-
-
-def what_fits(card_gb: int) -> list[str]:
-    """For a card, one line a size: the first of the settings, fastest first, whose plan fits."""
-    lines = []
-    base = load_config(str(Path(__file__).parent / "config.yml"))
-    for name in SHAPES:
-        found = "does not fit"
-        for mode, tokens in (("master", 16384), ("split", 16384), ("split", 8192), ("offload", 8192), ("offload", 2048)):
-            train = replace(base.train, optimizer=mode, tokens_per_microbatch=tokens)
-            plan = plan_memory(replace(base, train=train), shape_config(name), card_gb * 0.95 * GIB)
-            if plan.peak <= card_gb * 0.95 * GIB:
-                waves = -(-base.rollout.questions_per_step // plan.questions_per_wave)
-                found = f"{mode}, {tokens} tokens a micro-batch, {waves} wave{'s' * (waves > 1)}, {plan.peak / GIB:.1f} GiB"
-                break
-        lines.append(f"| {name} | {card_gb} GB | {found} |")
-    return lines
-
-
-def main() -> int:
-    parser = argparse.ArgumentParser(description="Where the GPU memory of a run will go.")
-    parser.add_argument("--config", help="plan this config; without it: which sizes fit on which cards")
-    parser.add_argument("--card", type=float, default=48, help="GB of the card")
-    parser.add_argument("--shape", choices=SHAPES, help="a real size, instead of reading the config's model")
-    parser.add_argument("overrides", nargs="*")
-    arguments = parser.parse_args()
-    try:
-        if not arguments.config:
-            print("\n".join(line for card in (24, 48, 80) for line in what_fits(card)))
-            return 0
-        config = load_config(arguments.config, arguments.overrides)
-        shape = (shape_config(arguments.shape) if arguments.shape else
-                 read_model_config(find_folder(config.model.path, config.model.revision)))
-        card = arguments.card * 0.95 * GIB  # of a card's nominal size, what CUDA reports
-        plan = plan_memory(config, shape, card)
-        print(plan.table(card))
-        if plan.peak > card:
-            print(f"does not fit: {advice(config, plan, card)}")
-    except UserError as error:
-        print(f"memory.py: {error}", file=sys.stderr)
-        return 2
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

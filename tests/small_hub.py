@@ -1,4 +1,4 @@
-"""The hub's protocol, as much of it as a download needs, served on this machine: no test asks the real hub."""
+"""The hub's protocol, as much of it as a download needs, on this machine: no test asks the real hub."""
 
 import http.server
 import json
@@ -10,7 +10,7 @@ COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 
 class Answers(http.server.BaseHTTPRequestHandler):
-    """Every repository of the owner `lab`, model or data set, holds `files`; other owners' refuse in their ways."""
+    """The model lab/model and the data set lab/countdown hold `files`; other owners refuse in their ways."""
 
     files: dict[str, bytes] = {}
 
@@ -28,7 +28,7 @@ class Answers(http.server.BaseHTTPRequestHandler):
             self.reply(403, X_Error_Code="GatedRepo", X_Error_Message="\x1b[31mask first")
         elif "/broken/" in path:
             self.reply(418)
-        elif "/lab/" not in path and "/sealed/" not in path:
+        elif not ("/lab/" in path or "/sealed/" in path) or ("/datasets/" in path) != ("/countdown/" in path):
             self.reply(404, X_Error_Code="RepoNotFound")
         elif path.endswith("/revision/v9"):
             self.reply(404, X_Error_Code="RevisionNotFound")

@@ -339,7 +339,7 @@ def replace_weights_by_folder(folder: Path) -> None:
 
 
 POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:" + b"0" * 64 + b"\nsize 988097824\n"
-DAMAGED = "{folder}/model.safetensors: damaged, cut short or no safetensors file (*); fetch it again"
+DAMAGED = "{folder}/model.safetensors: damaged, cut short or not safetensors (*); fetch it again"
 UNFIT = "{folder}: the weights are not those that config.json describes: "
 INDEX = "model.safetensors.index.json"
 ABSENT = "{folder}/" + INDEX + ": names files that are not in its folder: "
@@ -423,6 +423,15 @@ def test_damaged_folders_are_refused_by_name(damage, message, written, tmp_path)
     assert re.fullmatch(pattern, said(load, tmp_path))
 
 
+def test_one_whole_file_counts_more_than_an_index(written, tmp_path):
+    """As in transformers: an index may be left over from before somebody joined the shards."""
+    shutil.copytree(written[True], tmp_path, dirs_exist_ok=True)
+    save_file({"v_head.weight": torch.ones(1)}, tmp_path / "older.safetensors")
+    (tmp_path / INDEX).write_text(json.dumps({"weight_map": {"v_head.weight": "older.safetensors"}}))
+    assert torch.equal(our_logits(load(tmp_path)), our_logits(load(written[True])))
+    assert (our_logits(load(tmp_path)) - their_logits(tmp_path)).abs().max() < 1e-5
+
+
 def test_shards_in_any_order_are_one_model(written, tmp_path):
     """What counts is which tensors the files hold, so two that have swapped their names are no damage."""
     shutil.copytree(written[False], tmp_path, dirs_exist_ok=True)
@@ -503,8 +512,8 @@ def test_transformers_opens_what_is_saved(tied, most_bytes, source, tmp_path):
         assert shards == ["model.safetensors"] and not (folder / INDEX).exists()
         return
     assert shards == [f"model-{i:05}-of-{len(shards):05}.safetensors" for i in range(1, len(shards) + 1)]
-    header = 2500
-    assert len(shards) > 2 and all((folder / name).stat().st_size < most_bytes + header for name in shards)
+    sizes = [sum(tensor.nbytes for tensor in load_file(folder / name).values()) for name in shards]
+    assert len(shards) > 2 and max(sizes) <= most_bytes and min(sizes[:-1]) > most_bytes / 2
     index = json.loads((folder / INDEX).read_text())
     assert index["metadata"]["total_size"] == sum(tensor.nbytes for tensor in tensors.values())
     assert {name: file for file in shards for name in load_file(folder / file)} == index["weight_map"]
@@ -566,7 +575,7 @@ def test_saving_where_a_file_is_or_onto_the_source(source, tmp_path):
     edit_json(source / "config.json", tie_word_embeddings=True)
     assert said(save_model, small_model(True), source, tmp_path / "taken") == (
         f"{tmp_path / 'taken'}: cannot be written: File exists")
-    assert said(save_model, small_model(True), source, source).startswith(f"{source}: cannot be written: ")
+    assert "are the same file" in said(save_model, small_model(True), source, source)
     assert {path.name for path in source.iterdir()} == set(SOURCE)
 
 

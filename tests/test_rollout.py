@@ -463,7 +463,7 @@ def test_an_impossible_token_is_never_drawn(device: str, sampling: Sampling):
 
 
 def summed_in_a_tree(tensor: Tensor, dim: int) -> Tensor:
-    """cumsum as a GPU computes it: neighbours first, then sums of 2, of 4, ...; equal terms in unequal order."""
+    """cumsum as a GPU computes it: first neighbours, then sums of 2, of 4: equal sums in unequal orders."""
     width = 1
     while width < tensor.shape[dim]:
         tensor = torch.cat((tensor[:, :width], tensor[:, width:] + tensor[:, :-width]), dim=dim)
@@ -475,7 +475,7 @@ def summed_in_a_tree(tensor: Tensor, dim: int) -> Tensor:
 def test_a_number_on_a_border_never_draws_an_impossible_token(device: str, cumsum: Callable,
                                                               monkeypatch: pytest.MonkeyPatch):
     """Summed in a tree, a CDF may rise a little where the probability is zero, and fall again after that. The
-    numbers that can land on such a step are the values of the CDF itself; a long run meets one sooner or later.
+    numbers that can land on such a step are the values of the CDF itself; a long run meets one at last.
     """
     monkeypatch.setattr(Tensor, "cumsum", cumsum)
     generator, sampling = torch.Generator().manual_seed(16), Sampling(top_k=20)
