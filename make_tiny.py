@@ -77,7 +77,7 @@ class Recipe:
     lessons: tuple[Lesson, ...] = (
         Lesson(steps=3000, rows=32, orderly=0.5, guided=0.12, sensible=0.5, patience=()),
         Lesson(steps=1000, rows=64, orderly=0.2, guided=0.15, sensible=0.45,
-               patience=(0.18, 0.22, 0.22, 0.18, 0.08)),
+               patience=(0.52, 0.26, 0.12, 0.04, 0.02)),
     )
 
 
