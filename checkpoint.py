@@ -17,7 +17,6 @@ import os
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -288,9 +287,9 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
     path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
-def write_model(model: Qwen2, folder: str | Path, end_id: int, pad_id: int) -> None:
-    """For make_tiny.py until it calls save_weights: a folder's config.json and weights from nothing."""
-    config = {"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", "hidden_act": "silu",
-              **asdict(model.config), "use_sliding_window": False, "bos_token_id": pad_id,
-              "eos_token_id": end_id}
-    save_weights(model, Path(folder), config)
+def save_checkpoint(model: Qwen2, source: Path, run: Path, step: int, keep: int) -> None:
+    """Save the model as the folder checkpoints/step-N of a run, and remove all but the newest `keep` of them."""
+    checkpoints = run / "checkpoints"
+    save_model(model, source, checkpoints / f"step-{step:06d}")
+    for old in sorted(checkpoints.glob("step-*"))[:-keep]:
+        shutil.rmtree(old)

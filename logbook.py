@@ -31,7 +31,7 @@ def printable(text: str) -> str:
 
 
 def new_run_folder(config: Config, name: str | None) -> Path:
-    """Where a run is written, `config.output.folder`/`name` (default: the time); UserError if a run is there already."""
+    """Where a run is written: `config.output.folder`/`name` (default: the time). UserError if a run is there."""
     folder = Path(config.output.folder) / (name or time.strftime("%Y-%m-%d_%H-%M-%S"))
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"{folder} already holds a run; choose another --name, or remove the folder")

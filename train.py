@@ -23,7 +23,7 @@ from pathlib import Path
 
 import torch
 
-from checkpoint import find_folder, load_model, read_model_config, save_model
+from checkpoint import find_folder, load_model, read_model_config, save_checkpoint, save_model
 from countdown_task import ASSISTANT_PREFIX, grade, load_problems, problem_order, question_text, split_problems
 from data_types import Config, Episode, Problem, UserError, load_config
 from grpo import assign_advantages, policy_gradient
@@ -79,6 +79,8 @@ def train(config: Config, name: str | None) -> None:
                 metrics |= evaluate(run, config.eval.temperature, logbook)
             logbook.write_samples(step, episodes[: config.output.samples])
             logbook.write_step(step, metrics)
+            if config.checkpoint.every and step % config.checkpoint.every == 0:
+                save_checkpoint(run.policy, run.folder, logbook.folder, step, config.checkpoint.keep)
         save_model(run.policy, run.folder, logbook.folder / "final")
         logbook.summarize(before, after)
 

@@ -1,6 +1,7 @@
 """The memory plan counts what the code really allocates, and says what to lower when a run cannot fit."""
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,12 +13,13 @@ from memory import GIB, check_memory, parameter_count, plan_memory, shape_config
 from optimizer import AdamW
 from qwen2_model import Qwen2, Qwen2Config
 
+ROOT = Path(__file__).resolve().parent.parent
 SMALL = Qwen2Config(500, 48, 96, 3, 6, 2, 8, 1e-6, 1e4, True, 512)
 
 
 @pytest.fixture
-def config(monkeypatch):
-    return load_config("config.yml")
+def config():
+    return load_config(str(ROOT / "config.yml"))
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -53,8 +55,8 @@ def test_optimizer_state_and_cache_are_planned_as_they_are_allocated(config, mod
 def test_the_configs_fit_their_cards():
     """config.yml is promised to fit 48 GB, config_24gb.yml 24 GB; each leaves the other's mode no room."""
     for name, card in (("config.yml", 48), ("config_24gb.yml", 24)):
-        assert plan_memory(load_config(name), shape_config("3B"), card * 0.95 * GIB).peak <= card * 0.95 * GIB
-    assert plan_memory(load_config("config.yml"), shape_config("3B"), 24 * GIB).peak > 24 * GIB
+        assert plan_memory(load_config(str(ROOT / name)), shape_config("3B"), card * 0.95 * GIB).peak <= card * 0.95 * GIB
+    assert plan_memory(load_config(str(ROOT / "config.yml")), shape_config("3B"), 24 * GIB).peak > 24 * GIB
 
 
 def test_a_card_too_small_for_all_rows_gets_waves(config):

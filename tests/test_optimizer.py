@@ -5,6 +5,7 @@ move, because each step is below half the spacing of bf16 numbers.
 """
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,7 +13,8 @@ import torch
 from data_types import load_config
 from optimizer import AdamW, join_bits, learning_rate, round_stochastically, split_bits
 
-SETTINGS = replace(load_config("config_tiny.yml").train, learning_rate=1e-6, beta1=0.9, beta2=0.999, weight_decay=0.0)
+ROOT = Path(__file__).resolve().parent.parent
+SETTINGS = replace(load_config(str(ROOT / "config_tiny.yml")).train, learning_rate=1e-6, beta1=0.9, beta2=0.999, weight_decay=0.0)
 MODES = ["master", "split", "offload"]
 DEVICES = ["cpu"] + ["cuda"] * torch.cuda.is_available()
 

@@ -39,15 +39,11 @@ def run(folder: Path, name: str, *overrides: str) -> list[dict]:
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory, request):
+def finished(tmp_path_factory):
     """A finished run that several tests look at: its folder, its metrics and what it printed."""
-    import os
-    here = os.getcwd()
-    os.chdir(ROOT)
     folder = tmp_path_factory.mktemp("runs")
     command = [sys.executable, "train.py", "--config", "config_tiny.yml", "--name", "one", f"output.folder={folder}"]
-    done = subprocess.run(command + SMALL, capture_output=True, text=True, check=True)
-    os.chdir(here)
+    done = subprocess.run(command + SMALL, capture_output=True, text=True, check=True, cwd=ROOT)
     metrics = [json.loads(line) for line in (folder / "one" / "metrics.jsonl").read_text().splitlines()]
     return folder / "one", metrics, done.stdout
 
@@ -80,6 +76,16 @@ def test_the_final_model_opens_in_transformers_with_the_logits_of_the_policy(fin
         torch.testing.assert_close(logits, theirs(tokens).logits.flatten(0, 1), atol=1e-4, rtol=0)
         before = head_logits(start(tokens).flatten(0, 1), start.head)
     assert (logits - before).abs().max() > 1e-4, "training must have moved the weights"
+
+
+def test_checkpoints_are_model_folders_and_only_the_newest_stay(tmp_path):
+    run(tmp_path, "saved", "checkpoint.every=1", "checkpoint.keep=2", "eval.size=4")
+    folders = sorted((tmp_path / "saved" / "checkpoints").iterdir())
+    assert [folder.name for folder in folders] == ["step-000002", "step-000003"]
+    second, third, final = (load_model(folder, torch.device("cpu"), torch.float32).state_dict()
+                            for folder in (*folders, tmp_path / "saved" / "final"))
+    assert all(torch.equal(third[name], final[name]) for name in final)
+    assert any(not torch.equal(second[name], final[name]) for name in final)
 
 
 def test_the_same_seed_gives_the_same_run_and_another_seed_another(finished, tmp_path):
