@@ -76,8 +76,7 @@ class Recipe:
     threads: int = 1  # the order of sums, and so the last bits, may depend on it
     lessons: tuple[Lesson, ...] = (
         Lesson(steps=3000, rows=32, orderly=0.5, guided=0.12, sensible=0.5, patience=()),
-        Lesson(steps=1000, rows=64, orderly=0.2, guided=0.15, sensible=0.45,
-               patience=(0.52, 0.26, 0.12, 0.04, 0.02)),
+        Lesson(steps=1000, rows=64, orderly=0.3, guided=0.15, sensible=0.45, patience=(0.55, 0.2)),
     )
 
 
