@@ -541,7 +541,7 @@ def test_a_mutated_file_or_override_is_a_config_or_one_line(tmp_path, load):
             file.write(text_of(SMALLEST))
         override = generator.choice(["train.learning_rate=3e-4", "data.number_counts=[3, 4]", "model.path=a"])
         read += check_one_line_or_a_config(path, [mutated(override, generator)])
-    assert 80 < read < 720  # both outcomes are met often
+    assert 40 < read < 760  # both outcomes are met often
 
 
 def test_random_bytes_are_refused_in_one_line(tmp_path):
