@@ -117,7 +117,7 @@ class TrainSettings:
     divide_by_std: bool = setting(True, "divide advantages by the group's spread; Dr. GRPO: false")
     tokens_per_microbatch: int = setting(8192, "tokens, padding included, in one backward", at_least=1)
     activation_checkpointing: bool = setting(False, "recompute activations in backward to save memory")
-    threads: int = setting(0, "CPU threads; 0: let torch choose", at_least=0)
+    threads: int = setting(0, "CPU threads; 0: one a core, at most 8", at_least=0)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -104,6 +104,18 @@ def with_template(template: object) -> dict[str, object]:
 # ---- The ids of transformers -------------------------------------------------------------------------------
 
 
+def test_qwens_own_template_gives_the_golden_texts(tmp_path):
+    """The part of the golden chats that is copied here: the real template, on any tokenizer."""
+    golden = read_json(Path(__file__).parent / "data" / "qwen_chats.json")
+    (tmp_path / "tokenizer.json").write_text(small_bpe(), encoding="utf-8")
+    settings = {"eos_token": "<|im_end|>", "chat_template": golden["chat_template"]}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings), encoding="utf-8")
+    tokenizer = Tokenizer(tmp_path)
+    assert len(golden["cases"]) == 6
+    for case in golden["cases"]:
+        assert tokenizer.render_chat(case["messages"], case["add_generation_prompt"]) == case["text"], case["name"]
+
+
 @needs_real
 def test_golden_chats_give_their_text_and_ids():
     golden, tokenizer = read_json(REAL / "golden_chats.json"), Tokenizer(REAL)
