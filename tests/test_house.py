@@ -1,0 +1,42 @@
+"""The house rules that a reader counts on: the core fits one sitting, functions fit a screen, nothing runs text.
+
+    pytest tests/test_house.py -s     # prints the lines of code of each module
+"""
+
+import ast
+import io
+import tokenize
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+ASIDE = {"benchmark.py", "make_tiny.py", "plot.py"}  # a training run does not import them
+LAYOUT = {tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER}
+DEFINITIONS = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
+
+
+def code_lines(text: str) -> int:
+    """Lines that hold code: no blanks, no comments, no docstrings."""
+    docstrings: set[int] = set()
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, (ast.Module, *DEFINITIONS)) and ast.get_docstring(node) is not None:
+            docstrings.update(range(node.body[0].lineno, node.body[0].end_lineno + 1))
+    tokens = tokenize.generate_tokens(io.StringIO(text).readline)
+    return len({token.start[0] for token in tokens if token.type not in LAYOUT} - docstrings)
+
+
+def test_the_core_fits_one_sitting():
+    lines = {path.name: code_lines(path.read_text()) for path in sorted(ROOT.glob("*.py"))}
+    core = sum(count for name, count in lines.items() if name not in ASIDE)
+    print("\n" + "\n".join(f"{name:22s} {count:5d}" for name, count in lines.items()) + f"\ncore: {core}")
+    assert core <= 1650  # the aim is about 1,500
+
+
+def test_functions_fit_a_screen_modules_say_what_they_do_and_nothing_runs_text():
+    for path in ROOT.glob("*.py"):
+        tree = ast.parse(path.read_text())
+        assert ast.get_docstring(tree), f"{path.name} has no docstring"
+        for node in ast.walk(tree):
+            if isinstance(node, DEFINITIONS[:2]):
+                assert node.end_lineno - node.lineno < 60, f"{path.name}: {node.name} is too long"
+            called = node.func.id if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) else ""
+            assert called not in ("eval", "exec"), f"{path.name}, line {node.lineno}: {called}"
