@@ -70,11 +70,12 @@ class Work:
                                **switches)
         return count_tokens(answers)
 
-    def sample_without_sharing(self) -> int:
+    def sample_without_sharing(self, **switches: bool) -> int:
         """Every row prefills a prompt of its own."""
         prompts = [prompt for prompt in self.prompts for _ in range(self.group)]
         with forced_lengths(self.lengths):
-            return count_tokens(generate(self.model, prompts, self.uniforms, self.end_ids, self.vocabulary, Sampling()))
+            return count_tokens(generate(self.model, prompts, self.uniforms, self.end_ids, self.vocabulary, Sampling(),
+                                         **switches))
 
 
 def count_tokens(answers: Sequence[Answer]) -> int:
@@ -148,10 +149,7 @@ def ablations(work: Work) -> dict[str, Callable[[], int]]:
         return run
 
     def plain() -> int:
-        prompts = [prompt for prompt in work.prompts for _ in range(work.group)]
-        with forced_lengths(work.lengths):
-            return count_tokens(generate(work.model, prompts, work.uniforms, work.end_ids, work.vocabulary, Sampling(),
-                                         compact=False, graphs=False))
+        return work.sample_without_sharing(compact=False, graphs=False)
 
     variants = {
         "all ideas": work.sample,

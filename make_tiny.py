@@ -24,7 +24,6 @@ Held-out problems never enter a trace; tiny/sft_problems.parquet lists those tha
 
 import argparse
 import itertools
-import json
 import random
 import re
 import time
@@ -38,7 +37,7 @@ import torch.nn.functional as F
 from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers, trainers
 from tokenizers import Tokenizer as BytePairTokenizer
 
-from checkpoint import load_model, save_weights
+from checkpoint import load_model, save_weights, write_json
 from countdown_task import ASSISTANT_PREFIX, generate_problems, grade, question_text, split_problems
 from data_types import Problem
 from qwen2_model import Qwen2, Qwen2Config, head_logits
@@ -183,10 +182,6 @@ def write_tokenizer(problems: list[Problem], recipe: Recipe, folder: Path) -> To
     write_json(folder / "tokenizer_config.json", settings)
     write_json(folder / "generation_config.json", {"eos_token_id": [turn_end, text_end], "pad_token_id": text_end})
     return Tokenizer(folder)
-
-
-def write_json(path: Path, content: dict[str, object]) -> None:
-    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
 # ------------------------------------------------------------------------------------------------- the lesson
