@@ -3,13 +3,27 @@
 DeepSeekMath (arXiv 2402.03300, section 4.1) without the value model, and here without the reference model too: the
 baseline of an answer is what the other answers to the same question earned.
 
-    advantages        reward -> how much better than its group, eq. in section 4.1.2
-    policy_gradient   one update: micro-batches, loss, gradient norm, optimizer step
+    assign_advantages      reward -> how much better than its group, section 4.1.2
+    assign_token_weights   what each token of an answer counts in the loss
+    objective              what is ascended: the menu of surrogates
+    accumulate_gradient    micro-batches, loss, backward
+    apply_gradient         gradient norm, optimizer step
 
 Two things keep the update cheap and its gradient exact. Rows of similar length share a micro-batch, so little of it is
-padding, and rows whose advantage is zero are not run at all: they add nothing to the gradient. And the loss is
-divided by the response tokens of the whole batch, those rows' included, so the gradient does not depend on how the
-batch was cut.
+padding, and rows that add nothing to the gradient (advantage zero, or masked) are not run at all. And a token's weight
+is a matter of the whole batch, those rows included, so the gradient does not depend on how the batch was cut.
+
+Where the papers differ there is a setting under `train`, and the default is what DeepSeekMath does with one update a
+batch, unless the embedded demo measured another choice better (LOG.md has the table):
+
+    objective          plain, clipped (PPO, arXiv 1707.06347, eq. 7; DAPO, arXiv 2503.14476, moves the upper bound),
+                       weighted (truncated importance weights as in V-trace, arXiv 1802.01561)
+    divide_by_std      false: Dr. GRPO, arXiv 2503.20783
+    divide_loss_by     tokens (DAPO eq. 8), answers (DeepSeekMath eq. 3), limit (Dr. GRPO)
+    truncated          keep, mask, penalize: answers that were cut off (DAPO section 3.4)
+    updates_per_batch  DeepSeekMath's algorithm 1, line 10
+
+Left out: the KL term and its reference model (no measurable use for a verifiable reward, and a second model to hold).
 """
 
 import math
@@ -46,29 +60,75 @@ def advantages(rewards: Tensor, groups: Tensor, divide_by_std: bool = True) -> t
     return advantage, int((flat & (size > 0)).sum())
 
 
-def assign_advantages(episodes: Sequence[Episode], divide_by_std: bool) -> int:
+def assign_advantages(episodes: Sequence[Episode], settings: TrainSettings, length_limit: int) -> int:
     """Give each rewarded episode its advantage; returns how many groups had no spread."""
-    rewards = torch.tensor([episode.reward.total for episode in episodes], dtype=torch.float64)
+    totals = [e.reward.total + length_penalty(len(e.response_ids), settings, length_limit) for e in episodes]
     groups = torch.tensor([episode.group for episode in episodes])
-    values, zero_spread = advantages(rewards, groups, divide_by_std)
+    values, zero_spread = advantages(torch.tensor(totals, dtype=torch.float64), groups, settings.divide_by_std)
     for episode, value in zip(episodes, values.tolist(), strict=True):
         episode.advantage = value
     return zero_spread
 
 
+def length_penalty(length: int, settings: TrainSettings, length_limit: int) -> float:
+    """With train.truncated penalize, from 0 down to -1 over the last tokens before the limit (DAPO eq. 13)."""
+    if settings.truncated != "penalize":
+        return 0.0
+    return -max(0.0, 1.0 - (length_limit - length) / settings.penalty_tokens)
+
+
+def assign_token_weights(episodes: Sequence[Episode], settings: TrainSettings, length_limit: int) -> None:
+    """Give each episode what one of its response tokens counts in the loss of this batch.
+
+    tokens: all tokens count alike; answers: all answers do; limit: divided by what does not depend on the lengths,
+    so that a long wrong answer is not let off lightly. A masked answer counts as if it were not there.
+    """
+    counted = [episode for episode in episodes if episode.ended or settings.truncated != "mask"]
+    tokens = sum(len(episode.response_ids) for episode in counted)
+    for episode in episodes:
+        episode.token_weight = 0.0
+    for episode in counted:
+        divisors = {"tokens": tokens, "answers": len(counted) * len(episode.response_ids),
+                    "limit": len(counted) * length_limit}
+        episode.token_weight = 1.0 / divisors[settings.divide_loss_by]
+
+
+def objective(logprobs: Tensor, sampled: Tensor, advantage: Tensor, settings: TrainSettings) -> Tensor:
+    """What each response token adds to the objective, times its weight; all (tokens,), `sampled` the sampler's logprobs.
+
+    plain      advantage * logprob: the policy gradient of answers that this very policy sampled
+    clipped    min(r A, clip(r) A), r = policy / sampler: no token is pushed further once it is far from its sampler
+    weighted   the plain gradient times min(r, cap): corrects for an older or differently rounded sampler
+    """
+    if settings.objective == "plain":
+        return advantage * logprobs
+    ratio = (logprobs - sampled).exp()
+    if settings.objective == "weighted":
+        return ratio.detach().clamp(max=settings.weight_cap) * advantage * logprobs
+    near = ratio.clamp(1 - settings.clip_low, 1 + settings.clip_high)
+    return torch.minimum(ratio * advantage, near * advantage)
+
+
+PADDING = 0.05  # the most of a micro-batch that may be padding
+
+
 def micro_batches(lengths: Sequence[int], budget: int) -> list[list[int]]:
-    """Row numbers, cut into micro-batches of at most `budget` tokens, padding included.
+    """Row numbers, cut into micro-batches of at most `budget` tokens, of which at most 5 % is padding.
 
     Longest first, so that running out of memory shows in the first micro-batch. A row longer than the budget
     stands alone.
     """
     order = sorted(range(len(lengths)), key=lambda row: (-lengths[row], row))
     batches: list[list[int]] = []
+    real = 0  # tokens of the last micro-batch that are no padding
     for row in order:
-        if batches and (len(batches[-1]) + 1) * lengths[batches[-1][0]] <= budget:
+        area = (len(batches[-1]) + 1) * lengths[batches[-1][0]] if batches else 0
+        if batches and area <= budget and real + lengths[row] >= (1 - PADDING) * area:
             batches[-1].append(row)
+            real += lengths[row]
         else:
             batches.append([row])
+            real = lengths[row]
     return batches
 
 
@@ -106,40 +166,45 @@ def response_logprobs(model: Qwen2, episodes: Sequence[Episode], vocabulary: int
     return torch.cat([logprob for logprob, _ in parts]), torch.cat([entropy for _, entropy in parts])
 
 
-def policy_gradient(policy: Qwen2, optimizer: torch.optim.Optimizer, episodes: Sequence[Episode], vocabulary: int,
-                    sampling: Sampling, settings: TrainSettings,
-                    on_tokens: Callable[[int], object] = lambda count: None) -> dict[str, float | None]:
-    """One policy-gradient step: ascend sum(advantage * logprob) / response tokens of the whole batch.
+def accumulate_gradient(policy: Qwen2, episodes: Sequence[Episode], vocabulary: int, sampling: Sampling,
+                        settings: TrainSettings, tokens_per_microbatch: int,
+                        on_tokens: Callable[[int], object] = lambda count: None) -> dict[str, float | None]:
+    """Leave in the parameters' .grad the gradient of -sum(token weight * objective) over the whole batch.
 
-    Returns loss, grad_norm, entropy and logprob_gap (mean |trainer - sampler|) over the rows with an advantage, None
-    where there was none, and skipped: 1 when the gradient was not finite and the weights were left alone.
+    Returns, over the rows that were run: loss, entropy, logprob_gap (mean |trainer - sampler|), and clip_fraction (tokens
+    whose ratio to the sampler is outside the clipping bounds); None where no row was run.
     """
-    total = sum(len(episode.response_ids) for episode in episodes)
-    telling = [episode for episode in episodes if episode.advantage != 0.0]
+    policy.zero_grad(set_to_none=True)
+    telling = [episode for episode in episodes if episode.advantage * episode.token_weight != 0.0]
     lengths = [len(e.prompt_ids) + len(e.response_ids) for e in telling]
-    loss_sum, entropy_sum, gap_sum, seen = 0.0, 0.0, 0.0, 0
-    for rows in micro_batches(lengths, settings.tokens_per_microbatch):
+    sums = torch.zeros(4, dtype=torch.float64)
+    for rows in micro_batches(lengths, tokens_per_microbatch):
         batch = [telling[row] for row in rows]
         logprobs, entropy = response_logprobs(policy, batch, vocabulary, sampling)
         counts = torch.tensor([len(e.response_ids) for e in batch])
-        advantage = torch.tensor([e.advantage for e in batch], dtype=torch.float32).repeat_interleave(counts)
+        per_answer = torch.tensor([(e.advantage, e.token_weight) for e in batch], dtype=torch.float32)
+        advantage, weight = per_answer.repeat_interleave(counts, dim=0).to(logprobs.device).unbind(dim=1)
         sampled = torch.tensor([logprob for e in batch for logprob in e.logprobs], dtype=torch.float32)
-        loss = -(advantage.to(logprobs.device) * logprobs).sum() / total
+        sampled = sampled.to(logprobs.device)
+        loss = -(weight * objective(logprobs, sampled, advantage, settings)).sum()
         loss.backward()
-        loss_sum += loss.item()
-        entropy_sum += entropy.sum().item()
-        gap_sum += (logprobs.detach().cpu() - sampled).abs().sum().item()
-        seen += len(sampled)
+        moved = logprobs.detach() - sampled
+        outside = (moved.exp() > 1 + settings.clip_high) | (moved.exp() < 1 - settings.clip_low)
+        sums += torch.stack([loss.detach(), entropy.sum(), moved.abs().sum(), outside.sum()]).double().cpu()
         on_tokens(sum(lengths[row] for row in rows))
-    grad_norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), settings.max_grad_norm).item() if telling else 0.0
-    finite = math.isfinite(grad_norm)
-    if telling and finite:
+    tokens = sum(len(e.response_ids) for e in telling)
+    loss_sum, *others = sums.tolist()
+    means = [value / tokens if telling else None for value in others]
+    return {"loss": loss_sum, **dict(zip(("entropy", "logprob_gap", "clip_fraction"), means, strict=True))}
+
+
+def apply_gradient(policy: Qwen2, optimizer: torch.optim.Optimizer, max_norm: float) -> float:
+    """One step along the gradient, scaled down to `max_norm`; returns its norm before.
+
+    A gradient that is not finite moves nothing, nor does a batch that taught nothing: momentum alone takes no step.
+    """
+    norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), max_norm).item()
+    if norm > 0 and math.isfinite(norm):
         optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
-    return {
-        "loss": loss_sum,
-        "grad_norm": grad_norm,
-        "entropy": entropy_sum / seen if seen else None,
-        "logprob_gap": gap_sum / seen if seen else None,
-        "skipped": int(not finite),
-    }
+    policy.zero_grad(set_to_none=True)
+    return norm

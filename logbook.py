@@ -98,7 +98,7 @@ class Logbook:
 
 
 class Phase:
-    """One part of a step: how long it took, how many tokens it went through."""
+    """One part of a step: how long it took, in one go or several, and how many tokens it went through."""
 
     def __init__(self, what: str) -> None:
         self._what = what
@@ -113,7 +113,7 @@ class Phase:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None,
                  trace: TracebackType | None) -> None:
-        self.seconds = time.perf_counter() - self._began
+        self.seconds += time.perf_counter() - self._began
         self._bar.close()
 
     def count(self, tokens: int) -> None:

@@ -25,8 +25,8 @@ import torch
 
 from checkpoint import find_folder, load_model, read_model_config, save_checkpoint, save_model
 from countdown_task import ASSISTANT_PREFIX, grade, load_problems, problem_order, question_text, split_problems
-from data_types import Config, Episode, Problem, UserError, load_config
-from grpo import assign_advantages, policy_gradient
+from data_types import Config, Episode, Problem, RolloutSettings, UserError, load_config
+from grpo import accumulate_gradient, apply_gradient, assign_advantages, assign_token_weights
 from logbook import Logbook, episode_metrics, new_run_folder
 from memory import check_memory, expected_need
 from optimizer import AdamW, learning_rate
@@ -47,6 +47,7 @@ class Run:
     training: list[Problem]
     held_out: list[Problem]
     cache_bytes: float  # the most that the KV cache may take
+    drawn: int = 0  # training problems drawn so far
 
 
 def train(config: Config, name: str | None) -> None:
@@ -58,26 +59,32 @@ def train(config: Config, name: str | None) -> None:
         before = evaluate_twice(run, logbook)
         logbook.write_step(0, before)
         for step in range(1, config.train.steps + 1):
-            problems = questions_of_step(step, run)
-            with logbook.phase("sample") as sampling:
-                episodes = sample(run, problems, config.rollout.group_size, distribution,
-                                  make_generator(config.train.seed, "rollout", step), sampling.count)
-            for episode in episodes:
-                episode.reward = grade(episode.text, episode.ended, episode.problem)
-            zero_spread = assign_advantages(episodes, config.train.divide_by_std)
+            sampling, updating = logbook.phase("sample"), logbook.phase("update")
+            drawn: list[Episode] = []
+            zero_spread = 0
+            for draw in range(config.rollout.most_draws):
+                with sampling:
+                    episodes = sample(run, next_questions(run), config.rollout.group_size, distribution,
+                                      make_generator(config.train.seed, f"rollout {draw}", step), sampling.count)
+                for episode in episodes:
+                    episode.reward = grade(episode.text, episode.ended, episode.problem)
+                zero_spread += assign_advantages(episodes, config.train, config.rollout.max_new_tokens)
+                drawn += episodes
+                batch = choose_groups(drawn, config.rollout)
+                if len(batch) == config.rollout.questions_per_step * config.rollout.group_size:
+                    break
 
-            with logbook.phase("update") as updating:
+            with updating:
                 run.optimizer.param_groups[0]["lr"] = learning_rate(step, config.train)
-                update = policy_gradient(run.policy, run.optimizer, episodes, len(run.tokenizer), distribution,
-                                         config.train, updating.count)
+                update = update_policy(run, batch, distribution, updating.count)
 
-            metrics = {**episode_metrics(episodes), "zero_spread": zero_spread, **update,
+            metrics = {**episode_metrics(drawn), "zero_spread": zero_spread, **update,
                        **sampling.metrics("rollout"), **updating.metrics("update")}
             if step == config.train.steps:
                 metrics |= (after := evaluate_twice(run, logbook))
             elif config.eval.every and step % config.eval.every == 0:
                 metrics |= evaluate(run, config.eval.temperature, logbook)
-            logbook.write_samples(step, episodes[: config.output.samples])
+            logbook.write_samples(step, drawn[: config.output.samples])
             logbook.write_step(step, metrics)
             if config.checkpoint.every and step % config.checkpoint.every == 0:
                 save_checkpoint(run.policy, run.folder, logbook.folder, step, config.checkpoint.keep)
@@ -123,12 +130,40 @@ def make_generator(seed: int, purpose: str, step: int) -> torch.Generator:
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
 
 
-def questions_of_step(step: int, run: Run) -> list[Problem]:
-    """The step's training problems: each epoch goes through all of them in an order of its own."""
-    count, per_step, seed = len(run.training), run.config.rollout.questions_per_step, run.config.train.seed
-    places = [divmod(i, count) for i in range((step - 1) * per_step, step * per_step)]  # (epoch, place in it)
+def next_questions(run: Run) -> list[Problem]:
+    """The next training problems: each epoch goes through all of them in an order of its own."""
+    count, seed = len(run.training), run.config.train.seed
+    places = [divmod(i, count) for i in range(run.drawn, run.drawn + run.config.rollout.questions_per_step)]
+    run.drawn += len(places)
     orders = {epoch: problem_order(count, seed, epoch) for epoch, _ in places}
     return [run.training[orders[epoch][place]] for epoch, place in places]
+
+
+def choose_groups(drawn: Sequence[Episode], rollout: RolloutSettings) -> list[Episode]:
+    """The episodes to learn from. Dynamic sampling (DAPO section 3.2) takes the first full batch of groups with spread.
+
+    One draw a step is taken as it is: groups without spread add no gradient but count in the loss's denominator.
+    """
+    if rollout.most_draws == 1:
+        return list(drawn)
+    size = rollout.group_size
+    groups = [drawn[first : first + size] for first in range(0, len(drawn), size)]
+    telling = [group for group in groups if any(episode.advantage for episode in group)]
+    return [episode for group in telling[: rollout.questions_per_step] for episode in group]
+
+
+def update_policy(run: Run, batch: Sequence[Episode], distribution: Sampling,
+                  on_tokens: Callable[[int], object]) -> dict[str, float | None]:
+    """The optimizer steps of one batch; the metrics are those of its first, which is the only one on fresh answers."""
+    settings = run.config.train
+    assign_token_weights(batch, settings, run.config.rollout.max_new_tokens)
+    updates = []
+    for _ in range(settings.updates_per_batch):
+        figures = accumulate_gradient(run.policy, batch, len(run.tokenizer), distribution, settings,
+                                      settings.tokens_per_microbatch, on_tokens)
+        figures["grad_norm"] = apply_gradient(run.policy, run.optimizer, settings.max_grad_norm)
+        updates.append(figures)
+    return {**updates[0], "clip_fraction": updates[-1]["clip_fraction"]}
 
 
 def sample(run: Run, problems: Sequence[Problem], group_size: int, sampling: Sampling, generator: torch.Generator,
