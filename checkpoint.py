@@ -1,295 +1,188 @@
-"""Model folders in the Hugging Face format: find one, read one into a Qwen2, write one for transformers.
+"""Checkpoints of a run: complete, on the disk and checked when they are read, or not there at all.
 
-    folder = find_folder("Qwen/Qwen2.5-3B-Instruct")  # a local folder, or fetched from the hub
-    policy = load_model(folder, torch.device("cuda"), torch.bfloat16)
-    save_model(policy, folder, Path("runs/mine/final"))
+    runs/NAME/checkpoints/step-000040/    a model folder, the optimizer's state, state.json: all that resuming needs
+    runs/NAME/checkpoints/best-000040/    a model folder: the weights with the best held-out success so far
 
-A folder holds config.json, the weights in one or several safetensors files, and the tokenizer's files.
-Loading is strict where others guess: whatever changes what the model computes must stand in config.json and
-be something that qwen2_model.py covers, and every tensor must be there in its shape. A model that is only
-nearly right still trains: quietly, and badly.
+A folder is written as NAME.partial and gets its name when every byte of it is on the disk, so a process that dies while
+saving leaves nothing that could be mistaken for a checkpoint. state.json holds a checksum of every file: a flipped bit
+or a file from another step is found before training goes on with it. All of it is safetensors and JSON: loading a
+checkpoint can run no code.
 
-Left out: pickled weights (loading one can run code), quantised weights, rope scaling, other architectures.
+Resuming is exact because there is little state: weights, the optimizer's tensors, and a `Progress`. Random generators
+have none (train.py makes one for each seed, purpose and step), and the learning rate follows from the step.
+
+Left out: saving in the background, and less than everything (a 3B checkpoint is 25 GB: mind checkpoint.every and keep).
 """
 
 import json
 import os
 import shutil
-from collections.abc import Iterator, Sequence
+import zlib
+from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
 
-import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
-from torch import Tensor
+from safetensors import safe_open
 
-from data_types import UserError, shown
-from hub import HUB_ID, download
-from qwen2_model import Qwen2, Qwen2Config
-from tokenizer import TOKENIZER_FILES, read_json
+from data_types import SETTINGS, Config, UserError
+from memory import GIB
+from model_folder import listed, save_model, save_tensors, write_json, writing
+from optimizer import AdamW
+from qwen2_model import Qwen2
+from tokenizer import read_json
 
-CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
-EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+STATE, PARTIAL = "state.json", ".partial"
+FIXED = ("model.path", "model.revision", "model.dtype", "data.", "train.seed", "train.optimizer")  # within a run
 
 
-def find_folder(path: str, revision: str | None = None) -> Path:
-    """The model's folder: `path` itself, or for a hub id ("owner/name") the hub's copy, fetched if need be.
+@dataclass
+class Progress:
+    """How far a run is: what a resumed run needs to know besides the tensors."""
 
-    Raises UserError when there is neither, or the hub cannot be reached or refuses.
-    """
-    if os.path.isdir(path):
-        return Path(path)
-    if os.path.exists(path) or not HUB_ID.fullmatch(path):
-        raise UserError(f"{path}: no such folder, nor a hub id (owner/name): set model.path")
-    wanted = [CONFIG, *TOKENIZER_FILES, "*.safetensors", INDEX]
-    return download("model", path, revision, wanted, ignored=["*/*"])  # subfolders hold other forms of it
-
-
-# ------------------------------------------------------------------------------------------------ config.json
-
-COVERED = {  # the values, as JSON, that qwen2_model.py can compute; a key that is absent is null
-    "model_type": ['"qwen2"'],
-    "hidden_act": ['"silu"'],
-    "tie_word_embeddings": ["true", "false"],
-    "use_sliding_window": ["false", "null"],
-    "quantization_config": ["null"],
-}
-BOUNDS = {  # of the numbers, far beyond any model; whole numbers have whole bounds
-    "vocab_size": (1, 2**24),
-    "hidden_size": (1, 2**18),
-    "intermediate_size": (1, 2**20),
-    "num_hidden_layers": (1, 2**10),
-    "num_attention_heads": (1, 2**12),
-    "num_key_value_heads": (1, 2**12),
-    "head_dim": (2, 2**12),
-    "rms_norm_eps": (1e-12, 0.1),
-    "rope_theta": (1.0, 1e12),
-    "max_position_embeddings": (1, 2**31),
-}
-
-
-def read_model_config(folder: str | Path) -> Qwen2Config:
-    """The model's shape, from config.json; UserError names the key that is missing, wrong or not covered.
-
-    Nothing that changes the logits has a default, but for head_dim, derived as transformers does.
-    """
-    path = Path(folder) / CONFIG
-    raw = read_json(path)
-    for key, covered in COVERED.items():
-        if json.dumps(raw.get(key)) not in covered:
-            raise wrong(path, raw, key, f"only {' or '.join(covered)} is covered")
-    if raw.get("head_dim") is None:
-        hidden, heads = (read_number(path, raw, key) for key in ("hidden_size", "num_attention_heads"))
-        raw["head_dim"] = hidden // heads
-    raw["rope_theta"] = find_rope_theta(path, raw)
-    numbers = {key: read_number(path, raw, key) for key in BOUNDS}
-    # Key and value heads serve groups of query heads; rotary positions turn pairs of a head's dimensions.
-    for key, unit in (("num_attention_heads", numbers["num_key_value_heads"]), ("head_dim", 2)):
-        if numbers[key] % unit:
-            raise wrong(path, raw, key, f"it must be a multiple of {unit}")
-    if raw.get("layer_types") not in (None, ["full_attention"] * numbers["num_hidden_layers"]):
-        raise wrong(path, raw, "layer_types", 'only "full_attention" in each layer is covered')
-    return Qwen2Config(**numbers, tie_word_embeddings=raw["tie_word_embeddings"])
-
-
-def find_rope_theta(path: Path, raw: dict[str, Any]) -> Any:
-    """The base of the rotary angles: `rope_theta`, which transformers 5 moved into `rope_parameters`.
-
-    What else `rope_parameters` or the older `rope_scaling` holds stretches the positions for long contexts.
-    """
-    plain = {"rope_type": "default", "type": "default"}
-    thetas = [raw.get("rope_theta")]
-    for key in ("rope_parameters", "rope_scaling"):
-        rope = raw.get(key) or {}
-        rope = rope if isinstance(rope, dict) else {"type": rope}
-        names = sorted(rope.keys() - {"rope_theta"}, reverse=True)  # the type before its factor
-        scaling = {name: rope[name] for name in names if rope[name] not in (None, plain.get(name))}
-        if scaling:
-            raise wrong(path, {key: scaling}, key, "only plain rotary positions are covered")
-        thetas.append(rope.get("rope_theta"))
-    thetas = [theta for theta in thetas if theta is not None]
-    if any(theta != thetas[0] for theta in thetas):
-        raise UserError(f"{path}: rope_theta is both {shown(thetas[0])} and {shown(thetas[-1])}; keep one")
-    return thetas[0] if thetas else None
-
-
-def read_number(path: Path, raw: dict[str, Any], key: str) -> int | float:
-    """raw[key], if it is a number within BOUNDS."""
-    low, high = BOUNDS[key]
-    value, kind = raw.get(key), type(low)
-    if type(value) not in (int, kind) or not low <= value <= high:  # bool is no number here, nor is NaN
-        raise wrong(path, raw, key, f"it must be a {'whole ' * (kind is int)}number from {low} to {high}")
-    return kind(value)
-
-
-def wrong(path: Path, raw: dict[str, Any], key: str, advice: str) -> UserError:
-    """The error for a key of config.json."""
-    value = "missing" if raw.get(key) is None else shown(json.dumps(raw[key]))
-    return UserError(f"{path}: {key} is {value}; {advice}")
-
-
-# --------------------------------------------------------------------------------------------------- loading
-
-STORED_TYPES = ("BF16", "F16", "F32")
-
-
-def load_model(folder: str | Path, device: torch.device, dtype: torch.dtype) -> Qwen2:
-    """The model of a folder, its weights in `dtype` on `device`, whatever type they have on the disk.
-
-    Raises UserError for a config.json that is not covered, files that are missing or damaged, and tensors
-    that are not the model's; nothing is allocated before.
-    """
-    folder = Path(folder)
-    with torch.device("meta"):  # shapes without memory
-        model = Qwen2(read_model_config(folder))
-    files = find_tensors(folder, model)
-    model = model.to(dtype).to_empty(device=device)
-    views = model.hf_tensors()
-    # The library maps a file into memory, where each page that was read counts until the file is closed. So
-    # every tensor opens its file anew, the largest first: the peak is the model and hardly more.
-    for name in sorted(views, key=lambda name: views[name].nbytes, reverse=True):
-        with safe_open(files[name], framework="pt") as file:
-            views[name].copy_(file.get_tensor(name))
-    if HEAD in files and HEAD not in views:
-        # transformers 4 ignores a head that should be tied but differs, transformers 5 uses it.
-        with safe_open(files[HEAD], framework="pt") as file:
-            if not torch.equal(file.get_tensor(HEAD).to(views[EMBEDDING]), views[EMBEDDING]):
-                raise UserError(f"{folder}: {HEAD} differs from {EMBEDDING}, although {CONFIG} ties them; "
-                                "set tie_word_embeddings to false there if the head counts")  # fmt: skip
-    return model
-
-
-def find_tensors(folder: Path, model: Qwen2) -> dict[str, Path]:
-    """The file of each tensor of the model; UserError names those that are missing, unknown or misshaped.
-
-    A head that is tied to the embedding may be stored all the same, as some tools do.
-    """
-    shapes = {name: list(view.shape) for name, view in model.hf_tensors().items()}
-    allowed = {HEAD: shapes[EMBEDDING], **shapes}
-    files, unknown, unfit = {}, [], []
-    for path in weight_files(folder):
-        for name, (shape, dtype) in read_header(path).items():
-            if name in allowed:
-                files[name] = path
-                if shape != allowed[name] or dtype not in STORED_TYPES:
-                    unfit.append(f"{name} is {dtype} {shape}, not {'/'.join(STORED_TYPES)} {allowed[name]}")
-            elif not name.endswith(".rotary_emb.inv_freq"):  # a table that old checkpoints hold
-                unknown.append(name)
-    faults = {"missing": [name for name in shapes if name not in files], "unknown": unknown, "unfit": unfit}
-    told = "; ".join(f"{fault}: {listed(names)}" for fault, names in faults.items() if names)
-    if told:
-        raise UserError(f"{folder}: the weights are not those that {CONFIG} describes: {told}")
-    return files
-
-
-def weight_files(folder: Path) -> list[Path]:
-    """The one file of a model's weights, or all that its index names."""
-    index = folder / INDEX
-    if (folder / WEIGHTS).exists():
-        return [folder / WEIGHTS]
-    if not index.exists():
-        raise UserError(f"{folder}: holds neither {WEIGHTS} nor {INDEX}; no other weights are read")
-    weight_map = read_json(index).get("weight_map")
-    if not isinstance(weight_map, dict):
-        raise UserError(f"{index}: weight_map must be an object that names the file of each tensor")
-    names = {str(name) for name in weight_map.values()}
-    absent = names - {path.name for path in folder.iterdir()}  # which "../elsewhere" is, too
-    if absent:
-        raise UserError(f"{index}: names files that are not in its folder: {listed(sorted(absent))}")
-    return [folder / name for name in sorted(names)]
-
-
-def read_header(path: Path) -> dict[str, tuple[list[int], str]]:
-    """Shape and type of each tensor in a safetensors file; opening it checks that it is whole."""
-    try:
-        with open(path, "rb") as file:
-            if file.read(20) == b"version https://git-":
-                raise UserError(f"{path}: a git-LFS pointer, not the weights: run `git lfs pull` there")
-        with safe_open(path, framework="pt") as file:
-            slices = ((name, file.get_slice(name)) for name in file.keys())
-            return {name: (part.get_shape(), part.get_dtype()) for name, part in slices}
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"{path}: damaged, cut short or not safetensors ({error}); fetch it again") from None
-
-
-def listed(names: Sequence[str]) -> str:
-    """The first few names, and how many more there are."""
-    more = f" and {len(names) - 5} more" if len(names) > 5 else ""
-    return ", ".join(names[:5]) + more
-
-
-# ---------------------------------------------------------------------------------------------------- saving
-
-
-def save_model(model: Qwen2, source: str | Path, folder: str | Path) -> None:
-    """Write a Hugging Face folder: the model's weights, with tokenizer and settings of the folder `source`.
-
-    config.json is that of `source`, so that nothing in it is lost, with the type of the weights as they are
-    now. Raises UserError when something cannot be written.
-    """
-    source, folder = Path(source), Path(folder)
-    with writing(folder):
-        for name in TOKENIZER_FILES:
-            if (source / name).exists():
-                shutil.copyfile(source / name, folder / name)
-    save_weights(model, folder, read_json(source / CONFIG))
-
-
-def save_weights(model: Qwen2, folder: Path, config: dict[str, Any], most_bytes: int = 5 * 10**9) -> None:
-    """Write config.json and the weights, in files of at most `most_bytes`, or of one tensor if it is more.
-
-    The host holds a copy of one such file at most, and none where the model is on the CPU.
-    """
-    tensors = model.hf_tensors()
-    weight_map = assign_files(tensors, most_bytes)
-    config = {key: value for key, value in config.items() if key != "dtype"}  # the newer name of the next
-    config["torch_dtype"] = str(model.head.dtype).removeprefix("torch.")
-    with writing(folder):
-        for old in folder.glob("model*.safetensors*"):
-            old.unlink()  # of an earlier save: a reader would mix it with this one
-        write_json(folder / CONFIG, config)
-        for file in sorted(set(weight_map.values())):
-            names = [name for name in tensors if weight_map[name] == file]
-            on_host = {name: tensors[name].cpu().contiguous() for name in names}
-            save_file(on_host, folder / file, metadata={"format": "pt"})
-            del on_host  # before the next file's tensors come to the host
-        if WEIGHTS not in weight_map.values():
-            total = sum(tensor.nbytes for tensor in tensors.values())
-            write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
-
-
-def assign_files(tensors: dict[str, Tensor], most_bytes: int) -> dict[str, str]:
-    """The name of the file that each tensor goes to; a file ends before it would pass `most_bytes`."""
-    numbers, count, size = {}, 1, 0
-    for name, tensor in tensors.items():
-        size += tensor.nbytes
-        if size > most_bytes and numbers:
-            count, size = count + 1, tensor.nbytes
-        numbers[name] = count
-    if count == 1:
-        return dict.fromkeys(tensors, WEIGHTS)
-    return {name: f"model-{number:05}-of-{count:05}.safetensors" for name, number in numbers.items()}
+    step: int = 0  # steps that are done
+    drawn: int = 0  # training problems drawn so far
+    optimizer_steps: int = 0  # fewer than steps where one was skipped, more with several updates a batch
+    skipped_in_a_row: int = 0
+    best: float = 0.0  # held-out success, of all evaluations
+    before: dict[str, float] | None = None  # the evaluation before training, and after it
+    after: dict[str, float] | None = None
+    files: dict[str, int] = field(default_factory=dict)  # bytes of metrics.jsonl and samples.txt that belong to it
 
 
 @contextmanager
-def writing(folder: Path) -> Iterator[None]:
-    """Makes the folder; what goes wrong in writing to it becomes one line."""
+def appearing(folder: Path) -> Iterator[Path]:
+    """A folder to fill, which takes the place of `folder` once it is whole and on the disk; else nothing changes."""
+    partial = folder.with_name(folder.name + PARTIAL)
+    shutil.rmtree(partial, ignore_errors=True)
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        yield
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"{folder}: cannot be written: {getattr(error, 'strerror', None) or error}") from None
+        with writing(partial):
+            yield partial
+            for path in (*partial.iterdir(), partial):
+                flush(path)
+            if folder.exists():
+                shutil.rmtree(folder)
+            partial.rename(folder)
+            flush(folder.parent)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)  # where it has been renamed, there is none
 
 
-def write_json(path: Path, content: dict[str, Any]) -> None:
-    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+def flush(path: Path) -> None:
+    """Wait until a file, or the names in a folder, are on the disk and no longer only in memory."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
-def save_checkpoint(model: Qwen2, source: Path, run: Path, step: int, keep: int) -> None:
-    """Save the model as the folder checkpoints/step-N of a run, and remove all but the newest `keep` of them."""
-    checkpoints = run / "checkpoints"
-    save_model(model, source, checkpoints / f"step-{step:06d}")
-    for old in sorted(checkpoints.glob("step-*"))[:-keep]:
-        shutil.rmtree(old)
+def checksum(path: Path) -> int:
+    """CRC-32 of a file."""
+    value = 0
+    with open(path, "rb") as file:
+        while block := file.read(2**22):
+            value = zlib.crc32(block, value)
+    return value
+
+
+def text_checksum(content: dict) -> int:
+    return zlib.crc32(json.dumps(content, sort_keys=True).encode())
+
+
+def save_checkpoint(run_folder: Path, policy: Qwen2, source: Path, optimizer: AdamW, progress: Progress,
+                    keep: int) -> None:
+    """Save the run's state as of `progress`, then remove all but the newest `keep` checkpoints.
+
+    `source` is the model folder that training began with: its tokenizer's files go along, so that a checkpoint is a
+    model to use. Raises UserError when there is no room or something cannot be written; no older checkpoint is lost.
+    """
+    folder = run_folder / "checkpoints" / f"step-{progress.step:06d}"
+    needed = sum(tensor.nbytes for tensor in (*policy.hf_tensors().values(), *optimizer.tensors().values()))
+    free = shutil.disk_usage(run_folder).free
+    if free < 1.01 * needed:
+        raise UserError(f"{folder}: needs {needed / GIB:.2f} GiB and the disk has {free / GIB:.2f} GiB left: "
+                        "free some, or set output.folder to another disk")
+    with appearing(folder) as partial:
+        save_model(policy, source, partial)
+        save_tensors(optimizer.tensors(), partial, "optimizer")
+        files = {path.name: checksum(path) for path in sorted(partial.iterdir())}
+        state = {"progress": asdict(progress), "files": files}
+        write_json(partial / STATE, {**state, "checksum": text_checksum(state)})
+    keep_newest(run_folder, "step", keep)
+
+
+def save_best(run_folder: Path, policy: Qwen2, source: Path, step: int) -> None:
+    """Save the weights as the best so far, in place of the earlier best."""
+    with appearing(run_folder / "checkpoints" / f"best-{step:06d}") as partial:
+        save_model(policy, source, partial)
+    keep_newest(run_folder, "best", 1)
+
+
+def keep_newest(run_folder: Path, kind: str, keep: int) -> None:
+    """Remove all but the newest `keep`; renamed first, so that one half removed is no checkpoint."""
+    with writing(run_folder / "checkpoints"):
+        for old in saved(run_folder, kind)[:-keep]:
+            shutil.rmtree(old.rename(old.with_name(old.name + PARTIAL)))
+
+
+def saved(run_folder: Path, kind: str = "step") -> list[Path]:
+    """The complete checkpoints of a run, oldest first."""
+    return sorted((run_folder / "checkpoints").glob(f"{kind}-" + "[0-9]" * 6))
+
+
+def clean_up(run_folder: Path) -> None:
+    """Remove what a run that was killed had half written."""
+    for left in (*run_folder.glob(f"*{PARTIAL}"), *run_folder.glob(f"checkpoints/*{PARTIAL}")):
+        shutil.rmtree(left, ignore_errors=True)
+
+
+def read_progress(folder: Path) -> Progress:
+    """The Progress of a checkpoint whose files are all as they were saved; else UserError names those that are not."""
+    content = read_json(folder / STATE)
+    state = {key: value for key, value in content.items() if key != "checksum"}
+    files = state.get("files") if content.get("checksum") == text_checksum(state) else {STATE: None}
+    changed = [name for name, value in files.items()
+               if value is None or not (folder / name).is_file() or checksum(folder / name) != value]
+    if changed:
+        raise UserError(f"{folder}: not as it was saved: {listed(changed)}; remove this folder to go on from the "
+                        "checkpoint before it")
+    try:
+        return Progress(**state["progress"])
+    except (KeyError, TypeError):
+        raise UserError(f"{folder / STATE}: written by another version of this program") from None
+
+
+def load_optimizer(folder: Path, optimizer: AdamW) -> None:
+    """Read a checkpoint's optimizer state into `optimizer`, each tensor to where it lives."""
+    missing = optimizer.tensors()
+    for path in sorted(folder.glob("optimizer*.safetensors")):
+        with safe_open(path, framework="pt") as file:
+            for name in file.keys():
+                missing.pop(name).copy_(file.get_tensor(name))
+    if missing:
+        raise UserError(f"{folder}: holds no optimizer state for {listed(sorted(missing))}")
+
+
+def find_run(config: Config, resume: str) -> Path:
+    """The folder that --resume names; "latest" is the run in output.folder that wrote its metrics last."""
+    if resume == "latest":
+        runs = sorted(Path(config.output.folder).glob("*/metrics.jsonl"), key=lambda path: path.stat().st_mtime)
+        if not runs:
+            raise UserError(f"--resume latest: {config.output.folder} holds no run; check output.folder")
+        return runs[-1].parent
+    if not (Path(resume) / "config.yml").is_file():
+        raise UserError(f"--resume {resume}: no run there (a run's folder holds config.yml)")
+    return Path(resume)
+
+
+def check_changes(old: Config, new: Config) -> None:
+    """Say which settings differ from those the run had; UserError for one that would make it another run."""
+    for name in SETTINGS:
+        section, key = name.split(".")
+        was, now = (getattr(getattr(config, section), key) for config in (old, new))
+        if was != now and name.startswith(FIXED):
+            raise UserError(f"{name} is {now} but was {was} when this run began; it cannot change within a run: set it "
+                            "back, or start another run with --name")
+        if was != now:
+            print(f"resuming with {name} {now}, which was {was}")

@@ -93,7 +93,7 @@ class RolloutSettings:
 
     group_size: int = setting(16, "answers sampled per question", at_least=2)
     questions_per_step: int = setting(16, "questions drawn per step", at_least=1)
-    most_draws: int = setting(1, "draw up to so often, until enough groups have spread; 1: take what comes", at_least=1)
+    most_draws: int = setting(1, "draw so often at most, until enough groups have spread; 1: no matter", at_least=1)
     max_new_tokens: int = setting(REQUIRED, "an answer is cut off after so many tokens", at_least=1)
     temperature: float = setting(1.0, "the logits are divided by it", above=0)
     top_p: float = setting(1.0, "sample from the likeliest tokens that sum to this", above=0, at_most=1)
@@ -106,7 +106,7 @@ class TrainSettings:
     """The update of the policy."""
 
     learning_rate: float = setting(REQUIRED, "the step size of AdamW", above=0)
-    steps: int = setting(REQUIRED, "training steps: a rollout and an update each", at_least=1)
+    steps: int = setting(REQUIRED, "training steps: a rollout and an update each", at_least=1, at_most=999_999)
     seed: int = setting(1, "of every random choice in the run", at_least=0, at_most=2**32 - 1)
     warmup_steps: int = setting(0, "the learning rate rises linearly over so many steps", at_least=0)
     schedule: str = setting("constant", "the learning rate after the warm-up", choices=("constant", "cosine"))
@@ -117,9 +117,10 @@ class TrainSettings:
     beta2: float = setting(0.999, "decay of AdamW's mean of the squared gradients", at_least=0, below=1)
     max_grad_norm: float = setting(1.0, "a longer gradient is scaled down to this length", above=0)
     divide_by_std: bool = setting(True, "divide advantages by the group's spread; Dr. GRPO: false")
-    objective: str = setting("plain", "the surrogate that is ascended: see grpo.py", choices=("plain", "clipped", "weighted"))
+    objective: str = setting("plain", "the surrogate that is ascended: see grpo.py",
+                             choices=("plain", "clipped", "weighted"))
     updates_per_batch: int = setting(1, "optimizer steps on the same answers; more than 1 wants clipped", at_least=1)
-    clip_low: float = setting(0.2, "clipped: no push below 1 - this times the sampler's probability", above=0, at_most=1)
+    clip_low: float = setting(0.2, "clipped: no push below 1 - this of the sampler's probability", above=0, at_most=1)
     clip_high: float = setting(0.28, "clipped: no push above 1 + this times it", above=0)
     weight_cap: float = setting(2.0, "weighted: the most of policy / sampler that a token is weighted with", above=0)
     divide_loss_by: str = setting("tokens", "every token, every answer counts alike, or the length limit divides",
@@ -128,6 +129,7 @@ class TrainSettings:
     penalty_tokens: int = setting(64, "penalize: over so many tokens before the limit", at_least=1)
     tokens_per_microbatch: int = setting(8192, "tokens, padding included, in one backward", at_least=1)
     activation_checkpointing: bool = setting(False, "recompute activations in backward to save memory")
+    most_skips: int = setting(3, "steps in a row with numbers that are not finite, before the run stops", at_least=1)
     threads: int = setting(0, "CPU threads; 0: one a core, at most 8", at_least=0)
 
 
@@ -164,9 +166,9 @@ class EvalSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class CheckpointSettings:
-    """Saving the state of the run, to resume it."""
+    """Saving the state of the run, to resume it. The best weights by held-out success are kept besides."""
 
-    every: int = setting(0, "steps between checkpoints; 0: none", at_least=0)
+    every: int = setting(0, "steps between checkpoints; 0: only when the run is stopped", at_least=0)
     keep: int = setting(2, "the newest checkpoints that are kept", at_least=1)
 
 

@@ -94,7 +94,7 @@ def assign_token_weights(episodes: Sequence[Episode], settings: TrainSettings, l
 
 
 def objective(logprobs: Tensor, sampled: Tensor, advantage: Tensor, settings: TrainSettings) -> Tensor:
-    """What each response token adds to the objective, times its weight; all (tokens,), `sampled` the sampler's logprobs.
+    """What each response token adds to the objective; all are (tokens,), `sampled` are the sampler's logprobs.
 
     plain      advantage * logprob: the policy gradient of answers that this very policy sampled
     clipped    min(r A, clip(r) A), r = policy / sampler: no token is pushed further once it is far from its sampler
@@ -171,8 +171,8 @@ def accumulate_gradient(policy: Qwen2, episodes: Sequence[Episode], vocabulary: 
                         on_tokens: Callable[[int], object] = lambda count: None) -> dict[str, float | None]:
     """Leave in the parameters' .grad the gradient of -sum(token weight * objective) over the whole batch.
 
-    Returns, over the rows that were run: loss, entropy, logprob_gap (mean |trainer - sampler|), and clip_fraction (tokens
-    whose ratio to the sampler is outside the clipping bounds); None where no row was run.
+    Returns, over the rows that were run: loss, entropy, logprob_gap (mean |trainer - sampler|), and clip_fraction (of
+    tokens whose ratio to the sampler is outside the clipping bounds); None where no row was run.
     """
     policy.zero_grad(set_to_none=True)
     telling = [episode for episode in episodes if episode.advantage * episode.token_weight != 0.0]
@@ -198,13 +198,14 @@ def accumulate_gradient(policy: Qwen2, episodes: Sequence[Episode], vocabulary: 
     return {"loss": loss_sum, **dict(zip(("entropy", "logprob_gap", "clip_fraction"), means, strict=True))}
 
 
-def apply_gradient(policy: Qwen2, optimizer: torch.optim.Optimizer, max_norm: float) -> float:
+def apply_gradient(policy: Qwen2, optimizer: torch.optim.Optimizer, max_norm: float, healthy: bool = True) -> float:
     """One step along the gradient, scaled down to `max_norm`; returns its norm before.
 
-    A gradient that is not finite moves nothing, nor does a batch that taught nothing: momentum alone takes no step.
+    A gradient that is not finite or not `healthy` moves nothing, nor does a batch that taught nothing: momentum alone
+    takes no step.
     """
     norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), max_norm).item()
-    if norm > 0 and math.isfinite(norm):
+    if healthy and norm > 0 and math.isfinite(norm):
         optimizer.step()
     policy.zero_grad(set_to_none=True)
     return norm

@@ -12,17 +12,21 @@ Left out: Weights & Biases and the like. metrics.jsonl reads back with `pandas.r
 import html
 import json
 import math
+import os
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, BinaryIO
 
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from data_types import Config, Episode, UserError, dump_config
+from model_folder import writing
 
 
 def printable(text: str) -> str:
@@ -33,35 +37,56 @@ def printable(text: str) -> str:
 def new_run_folder(config: Config, name: str | None) -> Path:
     """Where a run is written: `config.output.folder`/`name` (default: the time). UserError if a run is there."""
     folder = Path(config.output.folder) / (name or time.strftime("%Y-%m-%d_%H-%M-%S"))
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise UserError(f"{folder} already holds a run; choose another --name, or remove the folder")
+    if folder.exists() and (not folder.is_dir() or {path.name for path in folder.iterdir()} - {"config.yml.partial"}):
+        raise UserError(f"{folder} already holds a run: go on with --resume {folder}, or choose another --name")
     return folder
 
 
 class Logbook:
-    """The files of a run in its folder; a context manager that closes them."""
+    """The files of a run in its folder; a context manager that closes them.
 
-    def __init__(self, config: Config, folder: Path) -> None:
+    files: how many bytes of each belong to the steps already done; what was written later is cut off. A disk that is
+    full does not stop training: what could not be written stays in memory and is tried again with the next line.
+    """
+
+    def __init__(self, config: Config, folder: Path, files: dict[str, int], step: int) -> None:
         self.folder = folder
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            (self.folder / "config.yml").write_text(dump_config(config), encoding="utf-8")
-            self._metrics = open(self.folder / "metrics.jsonl", "a", encoding="utf-8")
-            self._samples = open(self.folder / "samples.txt", "a", encoding="utf-8")
-        except OSError as error:
-            raise UserError(f"{self.folder}: cannot write the run folder ({error.strerror})") from None
-        self._tensorboard = SummaryWriter(str(self.folder / "tensorboard"))
+        with writing(folder):
+            (folder / "config.yml.partial").write_text(dump_config(config), encoding="utf-8")
+            (folder / "config.yml.partial").replace(folder / "config.yml")
+            names = ("metrics.jsonl", "samples.txt")
+            self._files = {name: open_at(folder / name, files.get(name, 0)) for name in names}
+            self._tensorboard = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1 if step else None)
         self._steps = config.train.steps
         self._began = time.perf_counter()
+        self._complained = False
 
     def __enter__(self) -> "Logbook":
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None,
                  trace: TracebackType | None) -> None:
-        self._metrics.close()
-        self._samples.close()
-        self._tensorboard.close()
+        for file in (*self._files.values(), self._tensorboard):
+            with self._disk_may_be_full():
+                file.close()
+
+    @contextmanager
+    def _disk_may_be_full(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            if not self._complained:
+                print(f"warning: {self.folder}: cannot be written: {error.strerror}; training goes on",
+                      file=sys.stderr, flush=True)
+            self._complained = True
+
+    def flush(self) -> dict[str, int]:
+        """Wait until the files are on the disk; their lengths in bytes. Raises UserError."""
+        with writing(self.folder):
+            for file in self._files.values():
+                file.flush()
+                os.fsync(file.fileno())
+            return {name: os.fstat(file.fileno()).st_size for name, file in self._files.items()}
 
     def phase(self, what: str) -> "Phase":
         """A part of a step to be timed, with a progress bar that counts tokens; a context manager."""
@@ -70,15 +95,16 @@ class Logbook:
     def write_step(self, step: int, metrics: dict[str, Any]) -> None:
         """One line of metrics.jsonl, the same as TensorBoard scalars, and a short line for the terminal."""
         clean = {key: None if isinstance(v, float) and not math.isfinite(v) else v for key, v in metrics.items()}
-        self._metrics.write(json.dumps({"step": step, **clean}) + "\n")
-        self._metrics.flush()
-        for key, value in clean.items():
-            if value is not None:
-                self._tensorboard.add_scalar(key, value, step)
+        with self._disk_may_be_full():
+            self._files["metrics.jsonl"].write(json.dumps({"step": step, **clean}).encode() + b"\n")
+            self._files["metrics.jsonl"].flush()
+            for key, value in clean.items():
+                if value is not None:
+                    self._tensorboard.add_scalar(key, value, step)
         print(f"step {step:>{len(str(self._steps))}}/{self._steps}  {headline(clean)}", flush=True)
 
     def summarize(self, before: dict[str, float], after: dict[str, float]) -> None:
-        """The last five lines: before, after, and where everything is."""
+        """The last lines: before, after, and where everything is."""
         minutes = (time.perf_counter() - self._began) / 60
         print(f"done: {self._steps} steps in {minutes:.1f} minutes")
         for kind in ("sampled", "greedy"):
@@ -88,13 +114,31 @@ class Logbook:
 
     def write_samples(self, step: int, episodes: Sequence[Episode]) -> None:
         """A few answers in full, as text and in TensorBoard."""
-        for number, episode in enumerate(episodes):
-            text = printable("<think>" + episode.text) + ("" if episode.ended else " [cut off]")
-            title = f"step {step}, {episode.problem}, reward {episode.reward.total:g}"
-            self._samples.write(f"--- {title}\n{text}\n\n")
-            escaped = html.escape(f"{title}\n{text}")
-            self._tensorboard.add_text(f"sample {number}", f"<pre>{escaped}</pre>", step)
-        self._samples.flush()
+        with self._disk_may_be_full():
+            for number, episode in enumerate(episodes):
+                text = printable("<think>" + episode.text) + ("" if episode.ended else " [cut off]")
+                title = f"step {step}, {episode.problem}, reward {episode.reward.total:g}"
+                self._files["samples.txt"].write(f"--- {title}\n{text}\n\n".encode())
+                escaped = html.escape(f"{title}\n{text}")
+                self._tensorboard.add_text(f"sample {number}", f"<pre>{escaped}</pre>", step)
+            self._files["samples.txt"].flush()
+
+    def dump(self, step: int, episodes: Sequence[Episode]) -> Path:
+        """Write a batch whose update was skipped to the folder `skipped`, to look into."""
+        path = self.folder / "skipped" / f"step-{step:06d}.json"
+        with self._disk_may_be_full():
+            path.parent.mkdir(exist_ok=True)
+            path.write_text(json.dumps([asdict(episode) for episode in episodes]), encoding="utf-8")
+        return path
+
+
+def open_at(path: Path, size: int) -> BinaryIO:
+    """A file to append to after its first `size` bytes; the rest is cut off."""
+    if size and (not path.exists() or path.stat().st_size < size):
+        raise UserError(f"{path}: shorter than the {size} bytes it had at the checkpoint; put it back to resume")
+    file = open(path, "ab", buffering=2**20)
+    file.truncate(size)
+    return file
 
 
 class Phase:

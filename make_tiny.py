@@ -37,9 +37,9 @@ import torch.nn.functional as F
 from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers, trainers
 from tokenizers import Tokenizer as BytePairTokenizer
 
-from checkpoint import load_model, save_weights, write_json
 from countdown_task import ASSISTANT_PREFIX, generate_problems, grade, question_text, split_problems
 from data_types import Problem
+from model_folder import load_model, save_weights, write_json
 from qwen2_model import Qwen2, Qwen2Config, head_logits
 from rollout import Sampling, generate
 from tokenizer import Tokenizer

@@ -5,13 +5,16 @@ after minutes of sampling. The plan counts what the code allocates: weights, opt
 activations and the sampler's buffers from the shapes of what is kept; for the rest (CUDA itself, fragmentation) it
 keeps RESERVE free.
 
-    python benchmark.py --config config.yml --fits                  # which sizes fit on which cards, with which settings
+    python benchmark.py --config config.yml --fits                  # which sizes fit on which cards, and how
     python benchmark.py --config config.yml --shape 3B --plan 48    # the plan of one config on a card of 48 GB
 
 Left out: several GPUs, and the host's memory.
 """
 
+import sys
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 
@@ -20,6 +23,7 @@ from grpo import CHUNK_TOKENS
 from optimizer import SLICE
 from qwen2_model import Qwen2Config
 
+T = TypeVar("T")
 GIB = 2**30
 RESERVE = 1.25 * GIB  # CUDA's context, cuBLAS workspaces and what fragmentation costs
 PROMPT_TOKENS = 160  # of a Countdown question in Qwen's chat template, rounded up
@@ -152,3 +156,22 @@ def advice(config: Config, plan: MemoryPlan, card: float) -> str:
     if config.train.optimizer != "offload":
         return f"set train.optimizer={'split' if config.train.optimizer == 'master' else 'offload'}"
     return "lower train.tokens_per_microbatch, or take a smaller model or a larger card"
+
+
+def fit_in_memory(attempt: Callable[[float], T], size: float, least: float, what: str) -> tuple[T, float]:
+    """attempt(size), again with half the size whenever the GPU runs out of memory; its result, and the size that fit.
+
+    `what` names the size, for the warning. Raises UserError when it does not fit with `least` either.
+    """
+    while True:
+        try:
+            return attempt(size), size
+        except torch.OutOfMemoryError:
+            failed = size  # and leave this block first: here the failed attempt's tensors are still referenced
+        torch.cuda.empty_cache()
+        size = max(least, failed / 2)
+        if failed <= least:
+            raise UserError(f"out of GPU memory even with the smallest {what}: lower rollout.max_new_tokens, set "
+                            "train.activation_checkpointing=true or train.optimizer=offload, or free the GPU")
+        print(f"warning: out of GPU memory; {what} lowered from {failed:,.0f} to {size:,.0f}, results unchanged",
+              file=sys.stderr, flush=True)

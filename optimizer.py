@@ -16,6 +16,8 @@ about 1.2 % of its length.
 master weight, at half the price. Its bf16 moments are rounded stochastically: with beta2 = 0.999 one step changes the
 second moment by less than half a bf16 spacing, so rounding to nearest would never let it decay.
 
+The state to save is `steps` and `tensors()`; the learning rate is set from outside, before each step.
+
 Left out: parameter groups with settings of their own, and 8-bit moments.
 """
 
@@ -125,6 +127,11 @@ class AdamW(torch.optim.Optimizer):
             state["square"].copy_(round_stochastically(square, self.rounding))
         elif exact is not weight:
             weight.copy_(exact)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """All of the state that is not a number, by names that stay the same from run to run."""
+        return {f"{index}.{name}": tensor for index, parameter in enumerate(self.parameters)
+                for name, tensor in self.state[parameter].items()}
 
     def _streams(self) -> bool:
         return self.mode == "offload" and self.device.type == "cuda"

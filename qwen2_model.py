@@ -10,7 +10,7 @@ so `forward` takes that as an argument: `attend(layer, q, k, v)` is `causal_atte
 KV cache in rollout.py while sampling.
 
 Left out: dropout and sliding windows (no dense Qwen2.5 uses them), long-context rope scaling, and everything for
-other architectures. Loading and saving Hugging Face folders is checkpoint.py's work.
+other architectures. Loading and saving Hugging Face folders is model_folder.py's work.
 """
 
 from collections.abc import Callable

@@ -15,7 +15,7 @@ rows up front, so there is no queue to serve.
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -81,7 +81,8 @@ def draw(logits: Tensor, uniform: Tensor, sampling: Sampling) -> tuple[Tensor, T
         total = cdf[:, -1:]
         # below the total by at least one float, so that rounding never lands past the last possible token
         point = torch.minimum(uniform[:, None] * total, total.nextafter(torch.zeros_like(total)))
-        tokens = torch.searchsorted(cdf, point, right=True)[:, 0]
+        # clamped for logits that are nan: the trainer finds them by their logprobs, an index outside would crash a GPU
+        tokens = torch.searchsorted(cdf, point, right=True)[:, 0].clamp(max=cdf.shape[-1] - 1)
         if sampling.top_k or sampling.top_p < 1.0:
             # a GPU sums in a tree, so a cdf may rise a little where the probability is zero: no token to take
             possible = probability.gather(-1, tokens[:, None])[:, 0] > 0
@@ -236,11 +237,22 @@ def generate(model: Qwen2, prompts: Sequence[Sequence[int]], uniforms: Tensor, e
 
     uniforms: (questions * group, max_new_tokens) fp32 in [0, 1), the rows of one question together. vocabulary: how
     many ids the tokenizer knows. cache_bytes: the most that keys and values may take; the questions are split into
-    waves that fit. on_tokens is told how many tokens have been sampled since it was last called.
+    waves that fit, and where not even one group does, the groups too. on_tokens is told how many tokens have been
+    sampled since it was last called. Raises ValueError for prompts or numbers of a shape that makes no sense.
     """
+    if not prompts or not all(prompts) or not uniforms.numel() or len(uniforms) % len(prompts):
+        raise ValueError(f"{len(prompts)} prompts of lengths {sorted({*map(len, prompts)})} do not go with uniform "
+                         f"numbers of shape {tuple(uniforms.shape)}")
     group = len(uniforms) // len(prompts)
     row_bytes = cache_bytes_per_row(model, max(map(len, prompts)) + uniforms.shape[1])
-    wave = int(max(1, min(len(prompts), cache_bytes // (group * row_bytes))))  # questions at a time
+    rows = max(1.0, cache_bytes / row_bytes)  # at a time
+    parts = next(n for n in range(1, group + 1) if group % n == 0 and group // n <= rows)
+    if parts > 1:  # each part of a group prefills its prompt
+        split = [prompt for prompt in prompts for _ in range(parts)]
+        answers = generate(model, split, uniforms, end_ids, vocabulary, sampling, cache_bytes, compact, graphs,
+                           on_tokens)
+        return [replace(answer, question=answer.question // parts) for answer in answers]
+    wave = int(min(len(prompts), rows / group))  # questions at a time
     answers = []
     for first in range(0, len(prompts), wave):
         numbers = uniforms[first * group : (first + wave) * group]

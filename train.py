@@ -16,22 +16,37 @@ import argparse
 import hashlib
 import math
 import os
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import FrameType, TracebackType
 
 import torch
 
-from checkpoint import find_folder, load_model, read_model_config, save_checkpoint, save_model
+from alarms import Alarms
+from checkpoint import (
+    Progress,
+    appearing,
+    check_changes,
+    clean_up,
+    find_run,
+    load_optimizer,
+    read_progress,
+    save_best,
+    save_checkpoint,
+    saved,
+)
 from countdown_task import ASSISTANT_PREFIX, grade, load_problems, problem_order, question_text, split_problems
 from data_types import Config, Episode, Problem, RolloutSettings, UserError, load_config
 from grpo import accumulate_gradient, apply_gradient, assign_advantages, assign_token_weights
 from logbook import Logbook, episode_metrics, new_run_folder
-from memory import check_memory, expected_need
+from memory import check_memory, expected_need, fit_in_memory
+from model_folder import find_folder, load_model, read_model_config, save_model
 from optimizer import AdamW, learning_rate
 from qwen2_model import Qwen2
-from rollout import Sampling, generate
+from rollout import Sampling, cache_bytes_per_row, generate
 from tokenizer import Tokenizer
 
 
@@ -40,60 +55,149 @@ class Run:
     """What a run works with."""
 
     config: Config
-    folder: Path  # of the model it starts from
+    source: Path  # folder of the model it started from
     policy: Qwen2
     tokenizer: Tokenizer
     optimizer: AdamW
     training: list[Problem]
     held_out: list[Problem]
     cache_bytes: float  # the most that the KV cache may take
-    drawn: int = 0  # training problems drawn so far
+    microbatch: float  # tokens in one backward
+    progress: Progress
 
 
-def train(config: Config, name: str | None) -> None:
+def train(run: Run, logbook: Logbook, interrupts: "Interrupts") -> None:
     """GRPO: sample groups of answers, reward them, compare within the group, update the policy, repeat."""
-    folder = new_run_folder(config, name)
-    run = set_up(config)
-    distribution = Sampling(config.rollout.temperature, config.rollout.top_k, config.rollout.top_p)
-    with Logbook(config, folder) as logbook:
-        before = evaluate_twice(run, logbook)
-        logbook.write_step(0, before)
-        for step in range(1, config.train.steps + 1):
-            sampling, updating = logbook.phase("sample"), logbook.phase("update")
-            drawn: list[Episode] = []
-            zero_spread = 0
-            for draw in range(config.rollout.most_draws):
-                with sampling:
-                    episodes = sample(run, next_questions(run), config.rollout.group_size, distribution,
-                                      make_generator(config.train.seed, f"rollout {draw}", step), sampling.count)
-                for episode in episodes:
-                    episode.reward = grade(episode.text, episode.ended, episode.problem)
-                zero_spread += assign_advantages(episodes, config.train, config.rollout.max_new_tokens)
-                drawn += episodes
-                batch = choose_groups(drawn, config.rollout)
-                if len(batch) == config.rollout.questions_per_step * config.rollout.group_size:
-                    break
+    config, progress, alarms = run.config, run.progress, Alarms(run.config)
+    rollout = config.rollout
+    distribution = Sampling(rollout.temperature, rollout.top_k, rollout.top_p)
+    if progress.before is None:
+        progress.before = evaluate_twice(run, logbook)
+        progress.best = progress.before["eval_success"]
+        logbook.write_step(0, progress.before)
+    for step in range(progress.step + 1, config.train.steps + 1):
+        sampling, updating = logbook.phase("sample"), logbook.phase("update")
+        drawn: list[Episode] = []
+        questions = zero_spread = 0
+        for draw in range(rollout.most_draws):
+            problems = draw_problems(run, progress.drawn + questions)
+            questions += len(problems)
+            with sampling:
+                episodes = sample(run, problems, rollout.group_size, distribution,
+                                  make_generator(config.train.seed, f"rollout {draw}", step), sampling.count)
+            for episode in episodes:
+                episode.reward = grade(episode.text, episode.ended, episode.problem)
+            zero_spread += assign_advantages(episodes, config.train, rollout.max_new_tokens)
+            drawn += episodes
+            batch = choose_groups(drawn, rollout)
+            if interrupts.asked or len(batch) == rollout.questions_per_step * rollout.group_size:
+                break
+        if interrupts.asked:
+            return  # this step leaves no trace: a resumed run samples the same answers again
 
-            with updating:
-                run.optimizer.param_groups[0]["lr"] = learning_rate(step, config.train)
-                update = update_policy(run, batch, distribution, updating.count)
+        with updating:
+            run.optimizer.param_groups[0]["lr"] = learning_rate(step, config.train)
+            update = update_policy(run, batch, distribution, updating.count)
 
-            metrics = {**episode_metrics(drawn), "zero_spread": zero_spread, **update,
-                       **sampling.metrics("rollout"), **updating.metrics("update")}
-            if step == config.train.steps:
-                metrics |= (after := evaluate_twice(run, logbook))
-            elif config.eval.every and step % config.eval.every == 0:
-                metrics |= evaluate(run, config.eval.temperature, logbook)
-            logbook.write_samples(step, drawn[: config.output.samples])
-            logbook.write_step(step, metrics)
-            if config.checkpoint.every and step % config.checkpoint.every == 0:
-                save_checkpoint(run.policy, run.folder, logbook.folder, step, config.checkpoint.keep)
-        save_model(run.policy, run.folder, logbook.folder / "final")
-        logbook.summarize(before, after)
+        metrics = {**episode_metrics(drawn), "groups": questions, "zero_spread": zero_spread, **update,
+                   **sampling.metrics("rollout"), **updating.metrics("update")}
+        if step == config.train.steps:
+            metrics |= (evaluation := evaluate_twice(run, logbook))
+            progress.after = evaluation
+        elif config.eval.every and step % config.eval.every == 0:
+            metrics |= evaluate(run, config.eval.temperature, logbook)
+        logbook.write_samples(step, drawn[: config.output.samples])
+        logbook.write_step(step, metrics)
+        alarms.check(metrics, progress.best)
+        finish_step(run, logbook, step, questions, batch, metrics)
+        if interrupts.asked:
+            return
 
 
-def set_up(config: Config) -> Run:
-    """Everything a run needs, what is cheap to check first."""
+def finish_step(run: Run, logbook: Logbook, step: int, questions: int, batch: Sequence[Episode],
+                metrics: dict[str, float | None]) -> None:
+    """Note how far the run is, keep the best weights, save a checkpoint when it is due, stop what has gone wrong."""
+    progress, settings = run.progress, run.config.train
+    progress.step, progress.drawn = step, progress.drawn + questions
+    progress.optimizer_steps = run.optimizer.steps
+    progress.skipped_in_a_row = progress.skipped_in_a_row + 1 if metrics["skipped"] else 0
+    if metrics["skipped"]:
+        print(f"warning: step {step} skipped, its numbers are not finite; the batch: {logbook.dump(step, batch)}",
+              file=sys.stderr, flush=True)
+    if metrics.get("eval_success", 0.0) > progress.best:
+        progress.best = metrics["eval_success"]
+        try:
+            save_best(logbook.folder, run.policy, run.source, step)
+        except UserError as error:
+            print(f"warning: the best weights so far are not saved: {error}", file=sys.stderr, flush=True)
+    every = run.config.checkpoint.every
+    if every and (step % every == 0 or step == settings.steps):
+        save(run, logbook)
+    if progress.skipped_in_a_row == settings.most_skips:
+        raise UserError(f"{settings.most_skips} steps in a row had numbers that are not finite: train.learning_rate is "
+                        "too high, the weights it began with are damaged, or the GPU is faulty; see the folder skipped")
+
+
+def save(run: Run, logbook: Logbook) -> None:
+    """Save a checkpoint of the last finished step, unless there is one; what cannot be saved does not stop training."""
+    if any(int(folder.name.removeprefix("step-")) == run.progress.step for folder in saved(logbook.folder)):
+        return
+    try:
+        run.progress.files = logbook.flush()
+        save_checkpoint(logbook.folder, run.policy, run.source, run.optimizer, run.progress, run.config.checkpoint.keep)
+    except UserError as error:
+        print(f"warning: no checkpoint of step {run.progress.step}: {error}", file=sys.stderr, flush=True)
+
+
+def run_to_the_end(config: Config, name: str | None, resume: str | None) -> int:
+    """A run from its start or its last checkpoint to its end, or to a signal; returns the exit status."""
+    folder = find_run(config, resume) if resume else new_run_folder(config, name)
+    checkpoint = None
+    if resume:
+        check_changes(load_config(str(folder / "config.yml")), config)
+        clean_up(folder)
+        checkpoint = next(iter(saved(folder)[::-1]), None)
+        print(f"resuming from {checkpoint}" if checkpoint else f"{folder} has no checkpoint yet: starting it anew")
+    run = set_up(config, checkpoint)
+    progress, again = run.progress, f"python train.py --config {folder / 'config.yml'} --resume {folder}"
+    with Logbook(config, folder, progress.files, progress.step) as logbook, Interrupts() as interrupts:
+        try:
+            train(run, logbook, interrupts)
+        except UserError:
+            if run.optimizer.steps == progress.optimizer_steps:  # the weights are those of the last finished step
+                save(run, logbook)
+            raise
+        if interrupts.asked:
+            save(run, logbook)
+            print(f"stopped after step {progress.step}; to go on:\n{again}", flush=True)
+            return 128 + interrupts.asked
+        with appearing(folder / "final") as partial:
+            save_model(run.policy, run.source, partial)
+        logbook.summarize(progress.before, progress.after)
+    return 0
+
+
+class Interrupts:
+    """While active, Ctrl-C and SIGTERM are noted, for the run to stop where it can save; the second one ends it."""
+
+    def __enter__(self) -> "Interrupts":
+        self.asked = 0  # the signal's number
+        self._before = {number: signal.signal(number, self._note) for number in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None,
+                 trace: TracebackType | None) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        self.asked = number
+        self.__exit__(None, None, None)
+        os.write(2, b"\nstopping: finishing this phase, then saving; once more to stop at once\n")  # print may be busy
+
+
+def set_up(config: Config, checkpoint: Path | None = None) -> Run:
+    """Everything a run needs, what is cheap to check first; as of a checkpoint where there is one."""
     device = find_device(config)
     # On a CPU the products of a small model are too short to share out among many cores.
     torch.set_num_threads(config.train.threads or min(os.cpu_count() or 1, 8))
@@ -106,10 +210,17 @@ def set_up(config: Config) -> Run:
     problems = load_problems(data.path, data.revision, data.number_counts, data.target_low, data.target_high)
     training, held_out = split_problems(problems, data.held_out)
     cache_bytes = check_memory(config, shape, device)
-    policy = load_model(folder, device, getattr(torch, config.model.dtype))
+    progress = read_progress(checkpoint) if checkpoint else Progress()
+    if progress.step > config.train.steps:
+        raise UserError(f"{checkpoint}: is past train.steps, which is {config.train.steps}; raise it to go on")
+    policy = load_model(checkpoint or folder, device, getattr(torch, config.model.dtype))
     policy.checkpoint_layers = config.train.activation_checkpointing
     optimizer = AdamW(policy.parameters(), config.train)
-    return Run(config, folder, policy, tokenizer, optimizer, training, held_out[: config.eval.size], cache_bytes)
+    if checkpoint:
+        load_optimizer(checkpoint, optimizer)
+        optimizer.steps = progress.optimizer_steps
+    return Run(config, folder, policy, tokenizer, optimizer, training, held_out[: config.eval.size], cache_bytes,
+               config.train.tokens_per_microbatch, progress)
 
 
 def find_device(config: Config) -> torch.device:
@@ -130,11 +241,10 @@ def make_generator(seed: int, purpose: str, step: int) -> torch.Generator:
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
 
 
-def next_questions(run: Run) -> list[Problem]:
-    """The next training problems: each epoch goes through all of them in an order of its own."""
+def draw_problems(run: Run, first: int) -> list[Problem]:
+    """A step's training problems, from the `first`-th on: each epoch goes through all in an order of its own."""
     count, seed = len(run.training), run.config.train.seed
-    places = [divmod(i, count) for i in range(run.drawn, run.drawn + run.config.rollout.questions_per_step)]
-    run.drawn += len(places)
+    places = [divmod(i, count) for i in range(first, first + run.config.rollout.questions_per_step)]
     orders = {epoch: problem_order(count, seed, epoch) for epoch, _ in places}
     return [run.training[orders[epoch][place]] for epoch, place in places]
 
@@ -154,16 +264,25 @@ def choose_groups(drawn: Sequence[Episode], rollout: RolloutSettings) -> list[Ep
 
 def update_policy(run: Run, batch: Sequence[Episode], distribution: Sampling,
                   on_tokens: Callable[[int], object]) -> dict[str, float | None]:
-    """The optimizer steps of one batch; the metrics are those of its first, which is the only one on fresh answers."""
+    """The optimizer steps of one batch; the metrics are those of its first, the one on fresh answers.
+
+    skipped is 1 when some number was not finite: then the weights stay as they are.
+    """
     settings = run.config.train
     assign_token_weights(batch, settings, run.config.rollout.max_new_tokens)
+    healthy = all(math.isfinite(logprob) for episode in batch for logprob in episode.logprobs)
+    longest = max((len(e.prompt_ids) + len(e.response_ids) for e in batch), default=1)
     updates = []
     for _ in range(settings.updates_per_batch):
-        figures = accumulate_gradient(run.policy, batch, len(run.tokenizer), distribution, settings,
-                                      settings.tokens_per_microbatch, on_tokens)
-        figures["grad_norm"] = apply_gradient(run.policy, run.optimizer, settings.max_grad_norm)
-        updates.append(figures)
-    return {**updates[0], "clip_fraction": updates[-1]["clip_fraction"]}
+        figures, run.microbatch = fit_in_memory(
+            lambda tokens: accumulate_gradient(run.policy, batch, len(run.tokenizer), distribution, settings,
+                                               int(tokens), on_tokens),
+            run.microbatch, min(longest, run.microbatch), "micro-batch")
+        healthy = healthy and math.isfinite(figures["loss"])
+        norm = apply_gradient(run.policy, run.optimizer, settings.max_grad_norm, healthy)
+        healthy = healthy and math.isfinite(norm)
+        updates.append({**figures, "grad_norm": norm})
+    return {**updates[0], "clip_fraction": updates[-1]["clip_fraction"], "skipped": int(not healthy)}
 
 
 def sample(run: Run, problems: Sequence[Problem], group_size: int, sampling: Sampling, generator: torch.Generator,
@@ -172,8 +291,12 @@ def sample(run: Run, problems: Sequence[Problem], group_size: int, sampling: Sam
     rollout, tokenizer = run.config.rollout, run.tokenizer
     prompts = [tokenizer.encode_prompt(question_text(problem), ASSISTANT_PREFIX) for problem in problems]
     uniforms = torch.rand(len(problems) * group_size, rollout.max_new_tokens, generator=generator)
-    answers = generate(run.policy, prompts, uniforms, tokenizer.end_ids, len(tokenizer), sampling, run.cache_bytes,
-                       on_tokens=on_tokens)
+    row = cache_bytes_per_row(run.policy, max(map(len, prompts)) + rollout.max_new_tokens)
+    room = min(run.cache_bytes, len(uniforms) * row)
+    answers, fitted = fit_in_memory(
+        lambda room: generate(run.policy, prompts, uniforms, tokenizer.end_ids, len(tokenizer), sampling, room,
+                              on_tokens=on_tokens), room, row, "KV cache")
+    run.cache_bytes = fitted if fitted < room else run.cache_bytes
     return [
         Episode(problems[a.question], a.question, prompts[a.question], a.ids, a.logprobs, a.ended,
                 tokenizer.decode(a.ids[:-1] if a.ended else a.ids))
@@ -202,15 +325,19 @@ def evaluate_twice(run: Run, logbook: Logbook) -> dict[str, float]:
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Train a Qwen2.5 model with GRPO on Countdown.")
     parser.add_argument("--config", required=True, help="a YAML file such as config_tiny.yml")
-    parser.add_argument("--name", help="the run's folder under output.folder; default: the time")
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument("--name", help="the run's folder under output.folder; default: the time")
+    which.add_argument("--resume", metavar="RUN", help="go on with the run in this folder; `latest`: the last one")
     parser.add_argument("overrides", nargs="*", help="settings that replace the file's: rollout.group_size=32")
-    arguments = parser.parse_args(argv)
+    arguments = parser.parse_intermixed_args(argv)
     try:
-        train(load_config(arguments.config, arguments.overrides), arguments.name)
+        return run_to_the_end(load_config(arguments.config, arguments.overrides), arguments.name, arguments.resume)
     except UserError as error:
         print(f"train.py: {error}", file=sys.stderr)
         return 2
-    return 0
+    except KeyboardInterrupt:
+        print("train.py: stopped at once; what was saved before is there to --resume", file=sys.stderr)
+        return 130
 
 
 if __name__ == "__main__":

@@ -179,16 +179,37 @@ def test_rows_that_leave_change_no_answer(device: str, compact: bool):
     assert_same(questions.generate(device, compact=compact), questions.expected())
 
 
-@pytest.mark.parametrize("questions_that_fit", [0.5, 1, 2.5, 4, 5.99, 6])
+@pytest.mark.parametrize("questions_that_fit", [0.01, 0.25, 0.5, 0.9, 1, 2.5, 4, 5.99, 6])
 def test_waves_change_no_answer(device: str, questions_that_fit: float):
-    """Each wave must use its own rows of numbers and give its questions their own indices."""
+    """Each wave must use its own rows of numbers and give its questions their own indices, and where not even the
+    8 rows of one group fit, the group is split too.
+    """
     questions = the_questions()
     per_token = 2 * 2 * 2 * 8 * 4  # keys and values, layers, kv heads, head size, bytes of an fp32
     per_question = questions.group * (17 + 20) * per_token
     with watched(questions.policy) as forwards:
         answers = questions.generate(device, cache_bytes=questions_that_fit * per_question)
     assert_same(answers, questions.expected())
-    assert sum(forwards.prefills) == 6 and max(forwards.prefills) <= max(1, questions_that_fit)
+    parts = {0.01: 8, 0.25: 4, 0.5: 2, 0.9: 2}.get(questions_that_fit, 1)
+    assert sum(forwards.prefills) == 6 * parts and max(forwards.prefills) <= max(1, questions_that_fit)
+    assert max(forwards.decodes) <= max(1, 8 * questions_that_fit)
+
+
+@pytest.mark.parametrize(("prompts", "rows"), [([], 4), ([[1], []], 4), ([[1], [2], [3]], 4), ([[1]], 0)])
+def test_prompts_and_numbers_that_do_not_go_together_are_refused(prompts: list, rows: int):
+    """An empty prompt has no last position to sample from; a row too many would be given to no question."""
+    with pytest.raises(ValueError, match="prompts of lengths"):
+        generate(small_policy(1), prompts, torch.rand(rows, 3), [0], VOCABULARY, UNCUT)
+
+
+def test_logits_that_are_not_numbers_draw_some_token_and_show_in_its_logprob(device: str):
+    """searchsorted answers V for a nan; as an index that is an error here and on CUDA the end of the process."""
+    logits = torch.zeros(3, 5, device=device)
+    logits[1, 2], logits[2] = math.nan, math.inf
+    for sampling in (UNCUT, Sampling(0.0), Sampling(0.7, top_k=2), Sampling(1.0, top_p=0.5)):
+        tokens, logprobs = draw(logits, torch.full((3,), 0.9, device=device), sampling)
+        assert ((tokens >= 0) & (tokens < 5)).all()
+        assert logprobs.isfinite().tolist() == [True, False, False]
 
 
 def test_the_order_of_questions_changes_no_answer(device: str):

@@ -17,7 +17,7 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 import make_tiny
-from checkpoint import load_model
+from model_folder import load_model
 from countdown_task import ASSISTANT_PREFIX, grade, load_problems, question_text, split_problems
 from data_types import Problem, load_config
 from qwen2_model import head_logits

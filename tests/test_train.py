@@ -12,7 +12,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import train
-from checkpoint import load_model
+from model_folder import load_model
 from data_types import load_config
 from qwen2_model import head_logits
 
@@ -105,8 +105,8 @@ def test_evaluations_leave_training_alone(finished, tmp_path):
 
 def test_an_epoch_visits_every_problem_once_and_the_next_in_another_order():
     config = load_config("config_tiny.yml", ["rollout.questions_per_step=7"])
-    state = train.Run(config, None, None, None, None, list(range(50)), [], 0.0)
-    seen = [p for _ in range(15) for p in train.next_questions(state)]  # 105 = two epochs and a bit
+    state = train.Run(config, None, None, None, None, list(range(50)), [], 0.0, 1.0, None)
+    seen = [p for step in range(15) for p in train.draw_problems(state, 7 * step)]  # 105 = two epochs and a bit
     assert sorted(seen[:50]) == sorted(seen[50:100]) == list(range(50))
     assert seen[:50] != seen[50:100]
 

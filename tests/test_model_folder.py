@@ -28,7 +28,7 @@ from transformers import AutoModelForCausalLM, Qwen2ForCausalLM
 from transformers import Qwen2Config as ReferenceConfig
 
 import hub
-from checkpoint import find_folder, load_model, read_model_config, save_model, save_weights
+from model_folder import find_folder, load_model, read_model_config, save_model, save_weights
 from data_types import UserError
 from qwen2_model import Qwen2, Qwen2Config, head_logits
 
@@ -147,7 +147,7 @@ MEMORY = """
 import re, sys
 from pathlib import Path
 import torch
-from checkpoint import load_model, save_weights
+from model_folder import load_model, save_weights
 
 def memory(kind):
     return int(re.search(kind + r":\\s+(\\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024
@@ -604,7 +604,7 @@ def test_a_path_that_is_nothing(path, tmp_path, monkeypatch):
 
 FIND = """
 import json, sys
-from checkpoint import find_folder
+from model_folder import find_folder
 from data_types import UserError
 for name, revision in json.loads(sys.argv[1]):
     try:
