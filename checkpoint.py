@@ -17,6 +17,7 @@ Left out: saving in the background, and less than everything (a 3B checkpoint is
 import json
 import os
 import shutil
+import sys
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -25,7 +26,7 @@ from pathlib import Path
 
 from safetensors import safe_open
 
-from data_types import SETTINGS, Config, UserError
+from data_types import SETTINGS, Config, UserError, load_config
 from memory import GIB
 from model_folder import listed, save_model, save_tensors, write_json, writing
 from optimizer import AdamW
@@ -68,6 +69,15 @@ def appearing(folder: Path) -> Iterator[Path]:
         shutil.rmtree(partial, ignore_errors=True)  # where it has been renamed, there is none
 
 
+@contextmanager
+def reported(what: str) -> Iterator[None]:
+    """What cannot be saved is told, and does not stop training."""
+    try:
+        yield
+    except UserError as error:
+        print(f"warning: {what} could not be saved: {error}; training goes on", file=sys.stderr, flush=True)
+
+
 def flush(path: Path) -> None:
     """Wait until a file, or the names in a folder, are on the disk and no longer only in memory."""
     descriptor = os.open(path, os.O_RDONLY)
@@ -100,6 +110,8 @@ def save_checkpoint(run_folder: Path, policy: Qwen2, source: Path, optimizer: Ad
     folder = run_folder / "checkpoints" / f"step-{progress.step:06d}"
     needed = sum(tensor.nbytes for tensor in (*policy.hf_tensors().values(), *optimizer.tensors().values()))
     free = shutil.disk_usage(run_folder).free
+    if folder.exists():
+        return  # and so complete: a run stopped right after it was saved
     if free < 1.01 * needed:
         raise UserError(f"{folder}: needs {needed / GIB:.2f} GiB and the disk has {free / GIB:.2f} GiB left: "
                         "free some, or set output.folder to another disk")
@@ -131,12 +143,6 @@ def saved(run_folder: Path, kind: str = "step") -> list[Path]:
     return sorted((run_folder / "checkpoints").glob(f"{kind}-" + "[0-9]" * 6))
 
 
-def clean_up(run_folder: Path) -> None:
-    """Remove what a run that was killed had half written."""
-    for left in (*run_folder.glob(f"*{PARTIAL}"), *run_folder.glob(f"checkpoints/*{PARTIAL}")):
-        shutil.rmtree(left, ignore_errors=True)
-
-
 def read_progress(folder: Path) -> Progress:
     """The Progress of a checkpoint whose files are all as they were saved; else UserError names those that are not."""
     content = read_json(folder / STATE)
@@ -153,8 +159,8 @@ def read_progress(folder: Path) -> Progress:
         raise UserError(f"{folder / STATE}: written by another version of this program") from None
 
 
-def load_optimizer(folder: Path, optimizer: AdamW) -> None:
-    """Read a checkpoint's optimizer state into `optimizer`, each tensor to where it lives."""
+def load_state(folder: Path, optimizer: AdamW) -> Progress:
+    """Read a checkpoint's optimizer state into `optimizer`, each tensor to where it lives; returns its Progress."""
     missing = optimizer.tensors()
     for path in sorted(folder.glob("optimizer*.safetensors")):
         with safe_open(path, framework="pt") as file:
@@ -162,6 +168,9 @@ def load_optimizer(folder: Path, optimizer: AdamW) -> None:
                 missing.pop(name).copy_(file.get_tensor(name))
     if missing:
         raise UserError(f"{folder}: holds no optimizer state for {listed(sorted(missing))}")
+    progress = read_progress(folder)
+    optimizer.steps = progress.optimizer_steps
+    return progress
 
 
 def find_run(config: Config, resume: str) -> Path:
@@ -174,6 +183,21 @@ def find_run(config: Config, resume: str) -> Path:
     if not (Path(resume) / "config.yml").is_file():
         raise UserError(f"--resume {resume}: no run there (a run's folder holds config.yml)")
     return Path(resume)
+
+
+def start_again(run_folder: Path, config: Config) -> Path | None:
+    """Make a run's folder ready to go on under `config`; returns its newest checkpoint, if there is one.
+
+    What a killed run had half written is removed. Raises UserError when the config or the checkpoint is not this run's.
+    """
+    check_changes(load_config(str(run_folder / "config.yml")), config)
+    newest = next(iter(saved(run_folder)[::-1]), None)
+    if newest and (done := read_progress(newest).step) > config.train.steps:
+        raise UserError(f"{newest}: is {done} steps on, and train.steps is {config.train.steps}; raise it to go on")
+    for left in (*run_folder.glob(f"*{PARTIAL}"), *run_folder.glob(f"checkpoints/*{PARTIAL}")):
+        shutil.rmtree(left, ignore_errors=True)
+    print(f"resuming from {newest}" if newest else f"{run_folder} has no checkpoint yet: starting it anew", flush=True)
+    return newest
 
 
 def check_changes(old: Config, new: Config) -> None:

@@ -6,7 +6,7 @@ is all the reward this trainer needs: no reward model, no judge, no labelled ste
 
     question_text, ASSISTANT_PREFIX     how a problem is put to the model
     grade                               an answer's Reward: format 0.1, correctness 1.0
-    generate_problems, load_problems    problems made from nothing, or read from parquet files and hub data
+    load_problems                       problems from parquet files and hub data
     split_problems, problem_order       what is held out, and in which order the rest is trained on
 
 What the model writes is hostile input: millions of samples pushed towards whatever `grade` says yes to. So no
@@ -18,7 +18,6 @@ some numbers may stay unused (the public data set does not have it).
 """
 
 import hashlib
-import itertools
 import os
 import random
 import re
@@ -143,41 +142,6 @@ def _factor(stack: list[str], depth: int) -> Fraction:
     if stack.pop() != ")":
         raise SyntaxError("an open bracket")
     return sign * value
-
-
-# ------------------------------------------------------------------------------------- problems from nothing
-
-
-def generate_problems(count: int, low: int, high: int, target_low: int, target_high: int) -> list[Problem]:
-    """Every solvable problem with `count` numbers of low..high (repeats allowed) and a target of the range.
-
-    In a fixed order: by numbers, which are sorted, then by target.
-    """
-    problems = []
-    for numbers in itertools.combinations_with_replacement(range(low, high + 1), count):
-        values = sorted(reachable_values(numbers))
-        targets = [int(v) for v in values if v.denominator == 1 and target_low <= v <= target_high]
-        problems += [Problem(numbers, target) for target in targets]
-    return problems
-
-
-def reachable_values(numbers: tuple[int, ...]) -> set[Fraction]:
-    """The value of every expression that uses each number once.
-
-    Brute force: all ways to split the numbers between the two sides of the last operation, and all values of
-    either side. Signs are left out: they would only add the negatives of values that are here already.
-    """
-    if len(numbers) == 1:
-        return {Fraction(numbers[0])}
-    values = set()
-    positions = range(len(numbers))
-    for size in range(1, len(numbers)):
-        for chosen in itertools.combinations(positions, size):
-            left = reachable_values(tuple(numbers[i] for i in chosen))
-            right = reachable_values(tuple(numbers[i] for i in positions if i not in chosen))
-            for a, b in itertools.product(left, right):
-                values |= {a + b, a - b, a * b} | ({a / b} if b else set())
-    return values
 
 
 # ------------------------------------------------------------------------------------- problems from parquet

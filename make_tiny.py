@@ -29,6 +29,7 @@ import re
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from fractions import Fraction
 from pathlib import Path
 
 import pandas
@@ -37,7 +38,7 @@ import torch.nn.functional as F
 from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers, trainers
 from tokenizers import Tokenizer as BytePairTokenizer
 
-from countdown_task import ASSISTANT_PREFIX, generate_problems, grade, question_text, split_problems
+from countdown_task import ASSISTANT_PREFIX, grade, question_text, split_problems
 from data_types import Problem
 from model_folder import load_model, save_weights, write_json
 from qwen2_model import Qwen2, Qwen2Config, head_logits
@@ -50,6 +51,38 @@ CHAT_TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
+
+
+def generate_problems(count: int, low: int, high: int, target_low: int, target_high: int) -> list[Problem]:
+    """Every solvable problem with `count` numbers of low..high (repeats allowed) and a target of the range.
+
+    In a fixed order: by numbers, which are sorted, then by target.
+    """
+    problems = []
+    for numbers in itertools.combinations_with_replacement(range(low, high + 1), count):
+        values = sorted(reachable_values(numbers))
+        targets = [int(v) for v in values if v.denominator == 1 and target_low <= v <= target_high]
+        problems += [Problem(numbers, target) for target in targets]
+    return problems
+
+
+def reachable_values(numbers: tuple[int, ...]) -> set[Fraction]:
+    """The value of every expression that uses each number once.
+
+    Brute force: all ways to split the numbers between the two sides of the last operation, and all values of
+    either side. Signs are left out: they would only add the negatives of values that are here already.
+    """
+    if len(numbers) == 1:
+        return {Fraction(numbers[0])}
+    values = set()
+    positions = range(len(numbers))
+    for size in range(1, len(numbers)):
+        for chosen in itertools.combinations(positions, size):
+            left = reachable_values(tuple(numbers[i] for i in chosen))
+            right = reachable_values(tuple(numbers[i] for i in positions if i not in chosen))
+            for a, b in itertools.product(left, right):
+                values |= {a + b, a - b, a * b} | ({a / b} if b else set())
+    return values
 
 
 @dataclass(frozen=True)

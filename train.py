@@ -26,18 +26,7 @@ from types import FrameType, TracebackType
 import torch
 
 from alarms import Alarms
-from checkpoint import (
-    Progress,
-    appearing,
-    check_changes,
-    clean_up,
-    find_run,
-    load_optimizer,
-    read_progress,
-    save_best,
-    save_checkpoint,
-    saved,
-)
+from checkpoint import Progress, appearing, find_run, load_state, reported, save_best, save_checkpoint, start_again
 from countdown_task import ASSISTANT_PREFIX, grade, load_problems, problem_order, question_text, split_problems
 from data_types import Config, Episode, Problem, RolloutSettings, UserError, load_config
 from grpo import accumulate_gradient, apply_gradient, assign_advantages, assign_token_weights
@@ -126,10 +115,8 @@ def finish_step(run: Run, logbook: Logbook, step: int, questions: int, batch: Se
               file=sys.stderr, flush=True)
     if metrics.get("eval_success", 0.0) > progress.best:
         progress.best = metrics["eval_success"]
-        try:
+        with reported(f"the best weights so far, of step {step},"):
             save_best(logbook.folder, run.policy, run.source, step)
-        except UserError as error:
-            print(f"warning: the best weights so far are not saved: {error}", file=sys.stderr, flush=True)
     every = run.config.checkpoint.every
     if every and (step % every == 0 or step == settings.steps):
         save(run, logbook)
@@ -139,26 +126,16 @@ def finish_step(run: Run, logbook: Logbook, step: int, questions: int, batch: Se
 
 
 def save(run: Run, logbook: Logbook) -> None:
-    """Save a checkpoint of the last finished step, unless there is one; what cannot be saved does not stop training."""
-    if any(int(folder.name.removeprefix("step-")) == run.progress.step for folder in saved(logbook.folder)):
-        return
-    try:
+    """Save a checkpoint of the last finished step; what cannot be saved is told, and does not stop training."""
+    with reported(f"a checkpoint of step {run.progress.step}"):
         run.progress.files = logbook.flush()
         save_checkpoint(logbook.folder, run.policy, run.source, run.optimizer, run.progress, run.config.checkpoint.keep)
-    except UserError as error:
-        print(f"warning: no checkpoint of step {run.progress.step}: {error}", file=sys.stderr, flush=True)
 
 
 def run_to_the_end(config: Config, name: str | None, resume: str | None) -> int:
     """A run from its start or its last checkpoint to its end, or to a signal; returns the exit status."""
     folder = find_run(config, resume) if resume else new_run_folder(config, name)
-    checkpoint = None
-    if resume:
-        check_changes(load_config(str(folder / "config.yml")), config)
-        clean_up(folder)
-        checkpoint = next(iter(saved(folder)[::-1]), None)
-        print(f"resuming from {checkpoint}" if checkpoint else f"{folder} has no checkpoint yet: starting it anew")
-    run = set_up(config, checkpoint)
+    run = set_up(config, start_again(folder, config) if resume else None)
     progress, again = run.progress, f"python train.py --config {folder / 'config.yml'} --resume {folder}"
     with Logbook(config, folder, progress.files, progress.step) as logbook, Interrupts() as interrupts:
         try:
@@ -210,15 +187,10 @@ def set_up(config: Config, checkpoint: Path | None = None) -> Run:
     problems = load_problems(data.path, data.revision, data.number_counts, data.target_low, data.target_high)
     training, held_out = split_problems(problems, data.held_out)
     cache_bytes = check_memory(config, shape, device)
-    progress = read_progress(checkpoint) if checkpoint else Progress()
-    if progress.step > config.train.steps:
-        raise UserError(f"{checkpoint}: is past train.steps, which is {config.train.steps}; raise it to go on")
     policy = load_model(checkpoint or folder, device, getattr(torch, config.model.dtype))
     policy.checkpoint_layers = config.train.activation_checkpointing
     optimizer = AdamW(policy.parameters(), config.train)
-    if checkpoint:
-        load_optimizer(checkpoint, optimizer)
-        optimizer.steps = progress.optimizer_steps
+    progress = load_state(checkpoint, optimizer) if checkpoint else Progress()
     return Run(config, folder, policy, tokenizer, optimizer, training, held_out[: config.eval.size], cache_bytes,
                config.train.tokens_per_microbatch, progress)
 

@@ -26,15 +26,14 @@ from countdown_task import (
     MAX_EXPRESSION_DEPTH,
     MAX_EXPRESSION_LENGTH,
     evaluate_expression,
-    generate_problems,
     grade,
     load_problems,
     problem_order,
     question_text,
-    reachable_values,
     split_problems,
 )
 from data_types import Problem, UserError
+from make_tiny import generate_problems, reachable_values
 
 ROOT = Path(__file__).resolve().parents[1]
 PUZZLE = Problem((3, 7, 12), 33)  # 12 + 7 * 3
