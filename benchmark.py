@@ -464,7 +464,8 @@ def naive_gradient(policy: Qwen2, episodes: Sequence[Episode], vocabulary: int, 
     """The gradient of accumulate_gradient, worked out the obvious way.
 
     Rows in the order sampled, a fixed number of them at a time, all padded to the longest of the batch and all run;
-    logits of every position at once, log_softmax, gather, mask, mean. It does less in one thing: no entropy, no gap.
+    logits of every position at once, log_softmax, gather, mask, mean. It skips what accumulate_gradient
+    reports beside the gradient, the entropy for one, which is to its advantage.
     """
     policy.zero_grad(set_to_none=True)
     longest = max(map(row_length, episodes))
@@ -481,8 +482,8 @@ def naive_gradient(policy: Qwen2, episodes: Sequence[Episode], vocabulary: int, 
 def as_rows(episodes: Sequence[Episode], columns: int) -> tuple[Tensor, Tensor, Tensor]:
     """Token ids, the sampler's logprobs and token weights of the rows, each (B, columns), zero where there is none.
 
-    Only response tokens have a logprob and a weight, so the weight is the mask too; over a batch the weights sum to
-    one, so a weighted sum is the mean.
+    Only response tokens have a logprob and a weight, so the weight is the mask too, and where all tokens count
+    alike the weighted sum over a batch is the plain mean.
     """
     tokens = torch.zeros(len(episodes), columns, dtype=torch.long)
     sampled, weight = torch.zeros(2, len(episodes), columns, dtype=torch.float32)
@@ -703,7 +704,10 @@ def logprob_memory(vocabulary: int, tokens: int, chunked: bool, threads: int) ->
 
 def measure_logprob_memory(vocabularies: Sequence[int] = (32768, 151936),
                            sizes: Sequence[int] = (512, 1024, 2048)) -> list[dict[str, float]]:
-    """Host memory of the logprobs by vocabulary and micro-batch, chunked and not, each in a new process of its own."""
+    """Host memory of the logprobs by vocabulary and micro-batch, chunked and not, each in a new process of its own.
+
+    Either way the peak holds the head's gradient, and autograd's copies of it: about three times the head.
+    """
     results = []
     print("                        chunked: peak  largest tensor    all at once: peak  largest tensor   (GiB)")
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), max_tasks_per_child=1) as processes:
@@ -712,7 +716,8 @@ def measure_logprob_memory(vocabularies: Sequence[int] = (32768, 151936),
                            .result() for chunked in (True, False))
             print(f"  {vocabulary:>7,} ids, {tokens:>5,} tokens  {ours[0]:>9.2f}  {ours[1]:>14.2f}"
                   f"  {naive[0]:>19.2f}  {naive[1]:>14.2f}", flush=True)
-            results.append({"vocabulary": vocabulary, "micro_batch_tokens": tokens,
+            head = vocabulary * shape_config("0.5B").hidden_size * 4
+            results.append({"vocabulary": vocabulary, "micro_batch_tokens": tokens, "head_gib": head / GIB,
                             "chunked_peak_gib": ours[0], "chunked_largest_tensor_gib": ours[1],
                             "naive_peak_gib": naive[0], "naive_largest_tensor_gib": naive[1]})
     return results

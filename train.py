@@ -65,6 +65,8 @@ def train(run: Run, logbook: Logbook, interrupts: "Interrupts") -> None:
         progress.best = progress.before["eval_success"]
         logbook.write_step(0, progress.before)
     for step in range(progress.step + 1, config.train.steps + 1):
+        if interrupts.asked:
+            return
         sampling, updating = logbook.phase("sample"), logbook.phase("update")
         drawn: list[Episode] = []
         questions = zero_spread = 0
@@ -99,8 +101,6 @@ def train(run: Run, logbook: Logbook, interrupts: "Interrupts") -> None:
         logbook.write_step(step, metrics)
         alarms.check(metrics, progress.best)
         finish_step(run, logbook, step, questions, batch, metrics)
-        if interrupts.asked:
-            return
 
 
 def finish_step(run: Run, logbook: Logbook, step: int, questions: int, batch: Sequence[Episode],
@@ -230,8 +230,12 @@ def choose_groups(drawn: Sequence[Episode], rollout: RolloutSettings) -> list[Ep
         return list(drawn)
     size = rollout.group_size
     groups = [drawn[first : first + size] for first in range(0, len(drawn), size)]
-    telling = [group for group in groups if any(episode.advantage for episode in group)]
+    telling = [group for group in groups if any(e.advantage or not finite(e.logprobs) for e in group)]
     return [episode for group in telling[: rollout.questions_per_step] for episode in group]
+
+
+def finite(numbers: Sequence[float]) -> bool:
+    return all(map(math.isfinite, numbers))
 
 
 def update_policy(run: Run, batch: Sequence[Episode], distribution: Sampling,
@@ -242,7 +246,7 @@ def update_policy(run: Run, batch: Sequence[Episode], distribution: Sampling,
     """
     settings = run.config.train
     assign_token_weights(batch, settings, run.config.rollout.max_new_tokens)
-    healthy = all(math.isfinite(logprob) for episode in batch for logprob in episode.logprobs)
+    healthy = all(finite(episode.logprobs) for episode in batch)
     longest = max((len(e.prompt_ids) + len(e.response_ids) for e in batch), default=1)
     updates = []
     for _ in range(settings.updates_per_batch):
