@@ -26,9 +26,9 @@ from pathlib import Path
 
 from safetensors import safe_open
 
-from data_types import SETTINGS, Config, UserError, load_config
+from data_types import Config, UserError, load_config
 from memory import GIB
-from model_folder import listed, save_model, save_tensors, write_json, writing
+from model_folder import listed, read_header, save_model, save_tensors, write_json, writing
 from optimizer import AdamW
 from qwen2_model import Qwen2
 from tokenizer import read_json
@@ -161,13 +161,13 @@ def read_progress(folder: Path) -> Progress:
 
 def load_state(folder: Path, optimizer: AdamW) -> Progress:
     """Read a checkpoint's optimizer state into `optimizer`, each tensor to where it lives; returns its Progress."""
-    missing = optimizer.tensors()
-    for path in sorted(folder.glob("optimizer*.safetensors")):
-        with safe_open(path, framework="pt") as file:
-            for name in file.keys():
-                missing.pop(name).copy_(file.get_tensor(name))
-    if missing:
-        raise UserError(f"{folder}: holds no optimizer state for {listed(sorted(missing))}")
+    tensors = optimizer.tensors()
+    files = {name: path for path in sorted(folder.glob("optimizer*.safetensors")) for name in read_header(path)}
+    if files.keys() != tensors.keys():
+        raise UserError(f"{folder}: its optimizer state is not that of train.optimizer {optimizer.mode}")
+    for name, path in files.items():
+        with safe_open(path, framework="pt") as file:  # anew for each, as model_folder.load_model does and says why
+            tensors[name].copy_(file.get_tensor(name))
     progress = read_progress(folder)
     optimizer.steps = progress.optimizer_steps
     return progress
@@ -183,6 +183,34 @@ def find_run(config: Config, resume: str) -> Path:
     if not (Path(resume) / "config.yml").is_file():
         raise UserError(f"--resume {resume}: no run there (a run's folder holds config.yml)")
     return Path(resume)
+
+
+def start_again(run_folder: Path, config: Config) -> Path | None:
+    """Make a run's folder ready to go on under `config`; returns its newest checkpoint, if there is one.
+
+    What a killed run had half written is removed. Raises UserError when the config or the checkpoint is not this run's.
+    """
+    check_changes(load_config(str(run_folder / "config.yml")), config)
+    newest = next(iter(saved(run_folder)[::-1]), None)
+    if newest and (done := read_progress(newest).step) > config.train.steps:
+        raise UserError(f"{newest}: is {done} steps on, and train.steps is {config.train.steps}; raise it to go on")
+    for left in (*run_folder.glob(f"*{PARTIAL}"), *run_folder.glob(f"checkpoints/*{PARTIAL}")):
+        shutil.rmtree(left, ignore_errors=True)
+    print(f"resuming from {newest}" if newest else f"{run_folder} has no checkpoint yet: starting it anew", flush=True)
+    return newest
+
+
+def check_changes(old: Config, new: Config) -> None:
+    """Say which settings differ from those the run had; UserError for one that would make it another run."""
+    values = [{f"{section}.{key}": value for section, keys in asdict(config).items() for key, value in keys.items()}
+              for config in (old, new)]
+    changed = [(name, was, values[1][name]) for name, was in values[0].items() if was != values[1][name]]
+    for name, was, now in changed:
+        if name.startswith(FIXED):
+            raise UserError(f"{name} is {now} but was {was} when this run began; it cannot change within a run: set it "
+                            "back, or start another run with --name")
+    for name, was, now in changed:
+        print(f"resuming with {name} {now}, which was {was}", flush=True)
 
 
 def start_again(run_folder: Path, config: Config) -> Path | None:
