@@ -211,30 +211,3 @@ def check_changes(old: Config, new: Config) -> None:
                             "back, or start another run with --name")
     for name, was, now in changed:
         print(f"resuming with {name} {now}, which was {was}", flush=True)
-
-
-def start_again(run_folder: Path, config: Config) -> Path | None:
-    """Make a run's folder ready to go on under `config`; returns its newest checkpoint, if there is one.
-
-    What a killed run had half written is removed. Raises UserError when the config or the checkpoint is not this run's.
-    """
-    check_changes(load_config(str(run_folder / "config.yml")), config)
-    newest = next(iter(saved(run_folder)[::-1]), None)
-    if newest and (done := read_progress(newest).step) > config.train.steps:
-        raise UserError(f"{newest}: is {done} steps on, and train.steps is {config.train.steps}; raise it to go on")
-    for left in (*run_folder.glob(f"*{PARTIAL}"), *run_folder.glob(f"checkpoints/*{PARTIAL}")):
-        shutil.rmtree(left, ignore_errors=True)
-    print(f"resuming from {newest}" if newest else f"{run_folder} has no checkpoint yet: starting it anew", flush=True)
-    return newest
-
-
-def check_changes(old: Config, new: Config) -> None:
-    """Say which settings differ from those the run had; UserError for one that would make it another run."""
-    for name in SETTINGS:
-        section, key = name.split(".")
-        was, now = (getattr(getattr(config, section), key) for config in (old, new))
-        if was != now and name.startswith(FIXED):
-            raise UserError(f"{name} is {now} but was {was} when this run began; it cannot change within a run: set it "
-                            "back, or start another run with --name")
-        if was != now:
-            print(f"resuming with {name} {now}, which was {was}")
