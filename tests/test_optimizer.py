@@ -84,6 +84,11 @@ def test_noisy_gradients_end_where_fp32_ends(mode):
     assert torch.cosine_similarity(displacement("plain", noise=3.0), reference, dim=0) < 0.5
 
 
+def test_offload_is_master_with_its_state_elsewhere():
+    """To the bit: what is measured of the one holds for the other."""
+    assert torch.equal(displacement("offload", 3.0, steps=30), displacement("master", 3.0, steps=30))
+
+
 def test_table_of_the_readme():
     """Prints the README's table: pytest tests/test_optimizer.py -s -k table"""
     print("\n| optimizer | kept of a constant update | cosine to fp32 with noisy gradients |\n| --- | --- | --- |")
