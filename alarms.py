@@ -3,6 +3,7 @@
 Left out: stopping by itself. Only numbers that are not finite stop a run (train.py); the rest may be a hard task.
 """
 
+import math
 import sys
 from typing import Any
 
@@ -24,7 +25,8 @@ class Alarms:
     def check(self, metrics: dict[str, Any], best: float) -> None:
         """Print a warning for each trouble that these metrics show and that was not told before."""
         entropy, gap = metrics["entropy"], metrics["logprob_gap"]
-        self.first_entropy = self.first_entropy or entropy
+        if self.first_entropy is None and entropy is not None and math.isfinite(entropy):
+            self.first_entropy = entropy
         self.steps_without_success = 0 if metrics["success"] > 0 else self.steps_without_success + 1
         fallen = best - metrics.get("eval_success", best)
         troubles = {
@@ -36,7 +38,7 @@ class Alarms:
                 self.steps_without_success >= PATIENCE,
             "the entropy is below a tenth of what it was: the policy has stopped exploring; lower train.learning_rate, "
             "or raise train.clip_high with train.objective=clipped":
-                entropy is not None and entropy < 0.1 * self.first_entropy,
+                self.first_entropy is not None and entropy is not None and entropy < 0.1 * self.first_entropy,
             "more than half of the answers are cut off: raise rollout.max_new_tokens, or set train.truncated=penalize":
                 metrics["truncated"] > 0.5,
             f"the trainer's logprobs are {gap} away from the sampler's (bound {self.gap_bound}): the two compute "

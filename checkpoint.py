@@ -147,16 +147,18 @@ def read_progress(folder: Path) -> Progress:
     """The Progress of a checkpoint whose files are all as they were saved; else UserError names those that are not."""
     content = read_json(folder / STATE)
     state = {key: value for key, value in content.items() if key != "checksum"}
-    files = state.get("files") if content.get("checksum") == text_checksum(state) else {STATE: None}
+    intact = content.get("checksum") == text_checksum(state) and isinstance(state.get("files"), dict)
+    files = state["files"] if intact else {STATE: None}
     changed = [name for name, value in files.items()
                if value is None or not (folder / name).is_file() or checksum(folder / name) != value]
     if changed:
         raise UserError(f"{folder}: not as it was saved: {listed(changed)}; remove this folder to go on from the "
                         "checkpoint before it")
-    try:
-        return Progress(**state["progress"])
-    except (KeyError, TypeError):
-        raise UserError(f"{folder / STATE}: written by another version of this program") from None
+    stored, blank = state.get("progress"), asdict(Progress())
+    if not isinstance(stored, dict) or stored.keys() != blank.keys() or any(
+            type(stored[key]) is not type(value) for key, value in blank.items() if value is not None):
+        raise UserError(f"{folder / STATE}: written by another version of this program; go on with that one")
+    return Progress(**stored)
 
 
 def load_state(folder: Path, optimizer: AdamW) -> Progress:
@@ -180,7 +182,7 @@ def find_run(config: Config, resume: str) -> Path:
         if not runs:
             raise UserError(f"--resume latest: {config.output.folder} holds no run; check output.folder")
         return runs[-1].parent
-    if not (Path(resume) / "config.yml").is_file():
+    if not os.path.isfile(os.path.join(resume, "config.yml")):
         raise UserError(f"--resume {resume}: no run there (a run's folder holds config.yml)")
     return Path(resume)
 
@@ -192,8 +194,12 @@ def start_again(run_folder: Path, config: Config) -> Path | None:
     """
     check_changes(load_config(str(run_folder / "config.yml")), config)
     newest = next(iter(saved(run_folder)[::-1]), None)
-    if newest and (done := read_progress(newest).step) > config.train.steps:
-        raise UserError(f"{newest}: is {done} steps on, and train.steps is {config.train.steps}; raise it to go on")
+    progress = read_progress(newest) if newest else Progress()
+    if progress.step > config.train.steps:
+        raise UserError(f"{newest}: is {progress.step} steps on, and train.steps is {config.train.steps}; raise that")
+    for name, size in progress.files.items():
+        if not os.path.isfile(run_folder / name) or os.path.getsize(run_folder / name) < size:
+            raise UserError(f"{run_folder / name}: shorter than the {size} bytes it had at the checkpoint; put it back")
     for left in (*run_folder.glob(f"*{PARTIAL}"), *run_folder.glob(f"checkpoints/*{PARTIAL}")):
         shutil.rmtree(left, ignore_errors=True)
     print(f"resuming from {newest}" if newest else f"{run_folder} has no checkpoint yet: starting it anew", flush=True)

@@ -22,7 +22,6 @@ import os
 import random
 import re
 import string
-import sys
 from collections.abc import Sequence
 from fractions import Fraction
 from pathlib import Path
@@ -159,7 +158,7 @@ def load_problems(
     """Problems of a parquet file, of all parquet files in a folder, or of a hub data set ("owner/name").
 
     The files hold the columns `nums` (lists of 2 to 6 positive integers) and `target` (positive integers).
-    Rows that break this are dropped, counted and named on stderr. `revision` is for the hub only. The filters
+    Rows that break this are dropped, counted and named. `revision` is for the hub only. The filters
     keep problems with one of `number_counts` numbers (empty: any) and a target from `target_low` to
     `target_high`. Raises UserError when a file cannot be read or has no good row, or no problem passes.
     """
@@ -211,7 +210,7 @@ def _read_parquet(file: Path) -> list[Problem]:
     if not problems:
         raise UserError(f"{file}: holds no problem: {reasons or 'it has no rows'}")
     if faults:
-        print(f"{file}: dropped {len(faults)} of {len(table)} rows: {reasons}", file=sys.stderr)
+        print(f"{file}: dropped {len(faults)} of {len(table)} rows: {reasons}", flush=True)
     return problems
 
 

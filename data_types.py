@@ -91,10 +91,10 @@ def setting(default: Any, meaning: str, choices: Sequence[str] = (), **bounds: f
 class RolloutSettings:
     """Sampling the answers that a training step learns from."""
 
-    group_size: int = setting(16, "answers sampled per question", at_least=2)
-    questions_per_step: int = setting(16, "questions drawn per step", at_least=1)
-    most_draws: int = setting(1, "draw so often at most, until enough groups have spread; 1: no matter", at_least=1)
-    max_new_tokens: int = setting(REQUIRED, "an answer is cut off after so many tokens", at_least=1)
+    group_size: int = setting(16, "answers sampled per question", at_least=2, at_most=65536)
+    questions_per_step: int = setting(16, "questions drawn per step", at_least=1, at_most=65536)
+    most_draws: int = setting(1, "at most so many draws, until enough groups have spread", at_least=1, at_most=100)
+    max_new_tokens: int = setting(REQUIRED, "an answer is cut off there, in tokens", at_least=1, at_most=2**20)
     temperature: float = setting(1.0, "the logits are divided by it", above=0)
     top_p: float = setting(1.0, "sample from the likeliest tokens that sum to this", above=0, at_most=1)
     top_k: int = setting(0, "sample from so many likeliest tokens; 0: from all", at_least=0)
@@ -130,7 +130,7 @@ class TrainSettings:
     tokens_per_microbatch: int = setting(8192, "tokens, padding included, in one backward", at_least=1)
     activation_checkpointing: bool = setting(False, "recompute activations in backward to save memory")
     most_skips: int = setting(3, "steps in a row with numbers that are not finite, before the run stops", at_least=1)
-    threads: int = setting(0, "CPU threads; 0: one a core, at most 8", at_least=0)
+    threads: int = setting(0, "CPU threads; 0: one a core, at most 8", at_least=0, at_most=1024)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -35,10 +35,13 @@ def printable(text: str) -> str:
 
 
 def new_run_folder(config: Config, name: str | None) -> Path:
-    """Where a run is written: `config.output.folder`/`name` (default: the time). UserError if a run is there."""
-    folder = Path(config.output.folder) / (name or time.strftime("%Y-%m-%d_%H-%M-%S"))
-    if folder.exists() and (not folder.is_dir() or {path.name for path in folder.iterdir()} - {"config.yml.partial"}):
-        raise UserError(f"{folder} already holds a run: go on with --resume {folder}, or choose another --name")
+    """Where a run is written: `config.output.folder`/`name` (default: the time). UserError if something is there."""
+    name = name or time.strftime("%Y-%m-%d_%H-%M-%S")
+    if Path(name).name != name or name == ".." or not name.isprintable():
+        raise UserError(f"--name {name}: must be a plain name, for a folder in {config.output.folder}")
+    folder = Path(config.output.folder) / name
+    if os.path.lexists(folder) and (not folder.is_dir() or set(os.listdir(folder)) - {"config.yml.partial"}):
+        raise UserError(f"{folder} is already there: go on with --resume {folder}, or choose another --name")
     return folder
 
 
@@ -98,6 +101,7 @@ class Logbook:
         with self._disk_may_be_full():
             self._files["metrics.jsonl"].write(json.dumps({"step": step, **clean}).encode() + b"\n")
             self._files["metrics.jsonl"].flush()
+        with self._disk_may_be_full():  # apart: TensorBoard's writer does not recover, the files do
             for key, value in clean.items():
                 if value is not None:
                     self._tensorboard.add_scalar(key, value, step)
@@ -114,14 +118,16 @@ class Logbook:
 
     def write_samples(self, step: int, episodes: Sequence[Episode]) -> None:
         """A few answers in full, as text and in TensorBoard."""
+        samples = [(f"step {step}, {episode.problem}, reward {episode.reward.total:g}",
+                    printable("<think>" + episode.text) + ("" if episode.ended else " [cut off]"))
+                   for episode in episodes]
         with self._disk_may_be_full():
-            for number, episode in enumerate(episodes):
-                text = printable("<think>" + episode.text) + ("" if episode.ended else " [cut off]")
-                title = f"step {step}, {episode.problem}, reward {episode.reward.total:g}"
-                self._files["samples.txt"].write(f"--- {title}\n{text}\n\n".encode())
+            self._files["samples.txt"].write("".join(f"--- {title}\n{text}\n\n" for title, text in samples).encode())
+            self._files["samples.txt"].flush()
+        with self._disk_may_be_full():
+            for number, (title, text) in enumerate(samples):
                 escaped = html.escape(f"{title}\n{text}")
                 self._tensorboard.add_text(f"sample {number}", f"<pre>{escaped}</pre>", step)
-            self._files["samples.txt"].flush()
 
     def dump(self, step: int, episodes: Sequence[Episode]) -> Path:
         """Write a batch whose update was skipped to the folder `skipped`, to look into."""
@@ -134,8 +140,6 @@ class Logbook:
 
 def open_at(path: Path, size: int) -> BinaryIO:
     """A file to append to after its first `size` bytes; the rest is cut off."""
-    if size and (not path.exists() or path.stat().st_size < size):
-        raise UserError(f"{path}: shorter than the {size} bytes it had at the checkpoint; put it back to resume")
     file = open(path, "ab", buffering=2**20)
     file.truncate(size)
     return file

@@ -45,12 +45,13 @@ def read_json(path: Path) -> dict[str, Any]:
 class Tokenizer:
     """The tokenizer of a model folder.
 
-    end_ids: every id that ends an answer; ids from len(self) up stand for no token at all.
+    end_ids: every id that ends an answer; len(self) is one more than the largest id.
     """
 
     def __init__(self, folder: str | Path) -> None:
         self._folder = Path(folder)
         self._bpe = load_bpe(self._folder / "tokenizer.json")
+        self._size = max(self._bpe.get_vocab(with_added_tokens=True).values(), default=-1) + 1
         settings = read_json(self._folder / "tokenizer_config.json")
         named = {key: value for key, value in settings.items() if key.endswith("_token")}
         texts = {key: v.get("content") if isinstance(v, dict) else v for key, v in named.items()}
@@ -59,7 +60,7 @@ class Tokenizer:
         self.end_ids = self._find_end_ids()
 
     def __len__(self) -> int:
-        return self._bpe.get_vocab_size(with_added_tokens=True)
+        return self._size
 
     def encode(self, text: str) -> list[int]:
         """Token ids of `text`; special tokens written in it become their ids, as in transformers."""

@@ -120,7 +120,7 @@ def finish_step(run: Run, logbook: Logbook, step: int, questions: int, batch: Se
     every = run.config.checkpoint.every
     if every and (step % every == 0 or step == settings.steps):
         save(run, logbook)
-    if progress.skipped_in_a_row == settings.most_skips:
+    if progress.skipped_in_a_row >= settings.most_skips:
         raise UserError(f"{settings.most_skips} steps in a row had numbers that are not finite: train.learning_rate is "
                         "too high, the weights it began with are damaged, or the GPU is faulty; see the folder skipped")
 
@@ -186,6 +186,11 @@ def set_up(config: Config, checkpoint: Path | None = None) -> Run:
                         f"{shape.vocab_size}; tokenizer and weights must belong together")
     problems = load_problems(data.path, data.revision, data.number_counts, data.target_low, data.target_high)
     training, held_out = split_problems(problems, data.held_out)
+    prompt = tokenizer.encode_prompt(question_text(training[0]), ASSISTANT_PREFIX)
+    room = shape.max_position_embeddings
+    if not prompt or len(prompt) + config.rollout.max_new_tokens > room:
+        raise UserError(f"{folder}: a prompt of {len(prompt)} tokens and rollout.max_new_tokens of "
+                        f"{config.rollout.max_new_tokens} do not fit max_position_embeddings, {room} in config.json")
     cache_bytes = check_memory(config, shape, device)
     policy = load_model(checkpoint or folder, device, getattr(torch, config.model.dtype))
     policy.checkpoint_layers = config.train.activation_checkpointing
@@ -247,7 +252,7 @@ def update_policy(run: Run, batch: Sequence[Episode], distribution: Sampling,
     settings = run.config.train
     assign_token_weights(batch, settings, run.config.rollout.max_new_tokens)
     healthy = all(finite(episode.logprobs) for episode in batch)
-    longest = max((len(e.prompt_ids) + len(e.response_ids) for e in batch), default=1)
+    longest = max((len(e.prompt_ids) + len(e.response_ids) for e in batch if e.advantage), default=1)
     updates = []
     for _ in range(settings.updates_per_batch):
         figures, run.microbatch = fit_in_memory(

@@ -417,7 +417,7 @@ def test_a_bad_row_is_dropped_and_named(tmp_path, capsys, nums, target, reason):
     """The good rows around it survive, even though one hole makes pandas read the column as floats."""
     file = write(tmp_path / "a.parquet", [[3, 7], nums, [4, 5]], [10, target, 9])
     assert load_problems(str(file)) == [Problem((3, 7), 10), Problem((4, 5), 9)]
-    said = capsys.readouterr().err
+    said = capsys.readouterr().out
     if target == 10**15:
         said = said.replace("1000000000000000.0", "1000000000000000")
     assert said.startswith(f"{file}: dropped 1 of 3 rows: row 1: {reason}") and said.count("\n") == 1
@@ -426,7 +426,7 @@ def test_a_bad_row_is_dropped_and_named(tmp_path, capsys, nums, target, reason):
 def test_of_many_bad_rows_all_are_counted_and_three_named(tmp_path, capsys):
     file = write(tmp_path / "a.parquet", [[3, 7]] * 12, [0] * 5 + [10, 10] + [-1] * 5)
     assert load_problems(str(file)) == [Problem((3, 7), 10)] * 2
-    said = capsys.readouterr().err
+    said = capsys.readouterr().out
     assert said.startswith(f"{file}: dropped 10 of 12 rows: row 0: ")
     assert re.findall(r"row (\d+): ", said) == ["0", "1", "2"]
 
