@@ -121,21 +121,22 @@ def save_checkpoint(run_folder: Path, policy: Qwen2, source: Path, optimizer: Ad
         files = {path.name: checksum(path) for path in sorted(partial.iterdir())}
         state = {"progress": asdict(progress), "files": files}
         write_json(partial / STATE, {**state, "checksum": text_checksum(state)})
-    keep_newest(run_folder, "step", keep)
+    remove(saved(run_folder)[:-keep])
 
 
 def save_best(run_folder: Path, policy: Qwen2, source: Path, step: int) -> None:
     """Save the weights as the best so far, in place of the earlier best."""
-    with appearing(run_folder / "checkpoints" / f"best-{step:06d}") as partial:
+    folder = run_folder / "checkpoints" / f"best-{step:06d}"
+    with appearing(folder) as partial:
         save_model(policy, source, partial)
-    keep_newest(run_folder, "best", 1)
+    remove([earlier for earlier in saved(run_folder, "best") if earlier != folder])
 
 
-def keep_newest(run_folder: Path, kind: str, keep: int) -> None:
-    """Remove all but the newest `keep`; renamed first, so that one half removed is no checkpoint."""
-    with writing(run_folder / "checkpoints"):
-        for old in saved(run_folder, kind)[:-keep]:
-            shutil.rmtree(old.rename(old.with_name(old.name + PARTIAL)))
+def remove(folders: list[Path]) -> None:
+    """Remove checkpoints; renamed first, so that one half removed is none."""
+    for folder in folders:
+        with writing(folder):
+            shutil.rmtree(folder.rename(folder.with_name(folder.name + PARTIAL)))
 
 
 def saved(run_folder: Path, kind: str = "step") -> list[Path]:
@@ -154,11 +155,17 @@ def read_progress(folder: Path) -> Progress:
     if changed:
         raise UserError(f"{folder}: not as it was saved: {listed(changed)}; remove this folder to go on from the "
                         "checkpoint before it")
-    stored, blank = state.get("progress"), asdict(Progress())
-    if not isinstance(stored, dict) or stored.keys() != blank.keys() or any(
-            type(stored[key]) is not type(value) for key, value in blank.items() if value is not None):
+    try:
+        progress = Progress(**state["progress"])
+        counts = (progress.step, progress.drawn, progress.optimizer_steps, progress.skipped_in_a_row,
+                  *progress.files.values())
+        sound = (all(type(count) is int and count >= 0 for count in counts) and type(progress.best) is float
+                 and all(isinstance(evaluation, dict | None) for evaluation in (progress.before, progress.after)))
+    except (KeyError, TypeError, AttributeError):
+        sound = False
+    if not sound:
         raise UserError(f"{folder / STATE}: written by another version of this program; go on with that one")
-    return Progress(**stored)
+    return progress
 
 
 def load_state(folder: Path, optimizer: AdamW) -> Progress:
@@ -178,7 +185,8 @@ def load_state(folder: Path, optimizer: AdamW) -> Progress:
 def find_run(config: Config, resume: str) -> Path:
     """The folder that --resume names; "latest" is the run in output.folder that wrote its metrics last."""
     if resume == "latest":
-        runs = sorted(Path(config.output.folder).glob("*/metrics.jsonl"), key=lambda path: path.stat().st_mtime)
+        found = Path(config.output.folder).glob("*/metrics.jsonl") if os.path.isdir(config.output.folder) else []
+        runs = sorted(found, key=lambda path: path.stat().st_mtime)
         if not runs:
             raise UserError(f"--resume latest: {config.output.folder} holds no run; check output.folder")
         return runs[-1].parent
@@ -194,12 +202,17 @@ def start_again(run_folder: Path, config: Config) -> Path | None:
     """
     check_changes(load_config(str(run_folder / "config.yml")), config)
     newest = next(iter(saved(run_folder)[::-1]), None)
+    if not newest and (run_folder / "final").exists():
+        raise UserError(f"{run_folder}: has ended and kept no checkpoint; to train its model on, start another run "
+                        f"with model.path={run_folder / 'final'}")
     progress = read_progress(newest) if newest else Progress()
     if progress.step > config.train.steps:
-        raise UserError(f"{newest}: is {progress.step} steps on, and train.steps is {config.train.steps}; raise that")
+        raise UserError(f"{newest}: is {progress.step} steps on, and train.steps is {config.train.steps}; "
+                        "raise it to go on")
     for name, size in progress.files.items():
         if not os.path.isfile(run_folder / name) or os.path.getsize(run_folder / name) < size:
-            raise UserError(f"{run_folder / name}: shorter than the {size} bytes it had at the checkpoint; put it back")
+            raise UserError(f"{run_folder / name}: shorter than the {size} bytes it had at the checkpoint; "
+                            "put it back to resume")
     for left in (*run_folder.glob(f"*{PARTIAL}"), *run_folder.glob(f"checkpoints/*{PARTIAL}")):
         shutil.rmtree(left, ignore_errors=True)
     print(f"resuming from {newest}" if newest else f"{run_folder} has no checkpoint yet: starting it anew", flush=True)

@@ -123,7 +123,7 @@ class TrainSettings:
     clip_low: float = setting(0.2, "clipped: no push below 1 - this of the sampler's probability", above=0, at_most=1)
     clip_high: float = setting(0.28, "clipped: no push above 1 + this times it", above=0)
     weight_cap: float = setting(2.0, "weighted: the most of policy / sampler that a token is weighted with", above=0)
-    divide_loss_by: str = setting("tokens", "every token, every answer counts alike, or the length limit divides",
+    divide_loss_by: str = setting("limit", "every token, every answer counts alike, or the length limit divides",
                                   choices=("tokens", "answers", "limit"))
     truncated: str = setting("keep", "answers that were cut off", choices=("keep", "mask", "penalize"))
     penalty_tokens: int = setting(64, "penalize: over so many tokens before the limit", at_least=1)

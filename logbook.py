@@ -49,7 +49,7 @@ class Logbook:
     """The files of a run in its folder; a context manager that closes them.
 
     files: how many bytes of each belong to the steps already done; what was written later is cut off. A disk that is
-    full does not stop training: what could not be written stays in memory and is tried again with the next line.
+    full does not stop training: what could not be written (up to 1 MiB) is kept and tried with the next line.
     """
 
     def __init__(self, config: Config, folder: Path, files: dict[str, int], step: int) -> None:

@@ -82,7 +82,10 @@ class Tokenizer:
 
     def encode_prompt(self, question: str, assistant_prefix: str) -> list[int]:
         """Ids of a one-question chat whose assistant turn is already opened with `assistant_prefix`."""
-        return self.encode(self.render_chat([{"role": "user", "content": question}]) + assistant_prefix)
+        chat = self.render_chat([{"role": "user", "content": question}])
+        if question.strip() not in chat:
+            raise UserError(f"{self._folder}: the chat template leaves the question out")
+        return self.encode(chat + assistant_prefix)
 
     def _find_end_ids(self) -> list[int]:
         """The ids in generation_config.json's eos_token_id (one or a list) and of the eos_token."""

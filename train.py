@@ -16,6 +16,7 @@ import argparse
 import hashlib
 import math
 import os
+import shlex
 import signal
 import sys
 from collections.abc import Callable, Sequence
@@ -92,9 +93,9 @@ def train(run: Run, logbook: Logbook, interrupts: "Interrupts") -> None:
 
         metrics = {**episode_metrics(drawn), "groups": questions, "zero_spread": zero_spread, **update,
                    **sampling.metrics("rollout"), **updating.metrics("update")}
-        if step == config.train.steps:
-            metrics |= (evaluation := evaluate_twice(run, logbook))
-            progress.after = evaluation
+        progress.after = evaluate_twice(run, logbook) if step == config.train.steps else None
+        if progress.after:
+            metrics |= progress.after
         elif config.eval.every and step % config.eval.every == 0:
             metrics |= evaluate(run, config.eval.temperature, logbook)
         logbook.write_samples(step, drawn[: config.output.samples])
@@ -134,9 +135,10 @@ def save(run: Run, logbook: Logbook) -> None:
 
 def run_to_the_end(config: Config, name: str | None, resume: str | None) -> int:
     """A run from its start or its last checkpoint to its end, or to a signal; returns the exit status."""
-    folder = find_run(config, resume) if resume else new_run_folder(config, name)
-    run = set_up(config, start_again(folder, config) if resume else None)
-    progress, again = run.progress, f"python train.py --config {folder / 'config.yml'} --resume {folder}"
+    folder = new_run_folder(config, name) if resume is None else find_run(config, resume)
+    run = set_up(config, None if resume is None else start_again(folder, config))
+    progress = run.progress
+    again = shlex.join(["python", "train.py", "--config", str(folder / "config.yml"), "--resume", str(folder)])
     with Logbook(config, folder, progress.files, progress.step) as logbook, Interrupts() as interrupts:
         try:
             train(run, logbook, interrupts)
@@ -150,7 +152,7 @@ def run_to_the_end(config: Config, name: str | None, resume: str | None) -> int:
             return 128 + interrupts.asked
         with appearing(folder / "final") as partial:
             save_model(run.policy, run.source, partial)
-        logbook.summarize(progress.before, progress.after)
+        logbook.summarize(progress.before, progress.after or evaluate_twice(run, logbook))
     return 0
 
 
@@ -188,7 +190,7 @@ def set_up(config: Config, checkpoint: Path | None = None) -> Run:
     training, held_out = split_problems(problems, data.held_out)
     prompt = tokenizer.encode_prompt(question_text(training[0]), ASSISTANT_PREFIX)
     room = shape.max_position_embeddings
-    if not prompt or len(prompt) + config.rollout.max_new_tokens > room:
+    if len(prompt) + config.rollout.max_new_tokens > room:
         raise UserError(f"{folder}: a prompt of {len(prompt)} tokens and rollout.max_new_tokens of "
                         f"{config.rollout.max_new_tokens} do not fit max_position_embeddings, {room} in config.json")
     cache_bytes = check_memory(config, shape, device)
@@ -252,7 +254,8 @@ def update_policy(run: Run, batch: Sequence[Episode], distribution: Sampling,
     settings = run.config.train
     assign_token_weights(batch, settings, run.config.rollout.max_new_tokens)
     healthy = all(finite(episode.logprobs) for episode in batch)
-    longest = max((len(e.prompt_ids) + len(e.response_ids) for e in batch if e.advantage), default=1)
+    longest = max((len(e.prompt_ids) + len(e.response_ids) for e in batch if e.advantage * e.token_weight),
+                  default=1)
     updates = []
     for _ in range(settings.updates_per_batch):
         figures, run.microbatch = fit_in_memory(

@@ -256,7 +256,7 @@ def test_a_run_that_was_given_up_is_given_up_again_when_resumed(hopeless, tmp_pa
     assert "steps in a row" in again.complaints[-1]
 
 
-@pytest.mark.parametrize("place", ["gradient", "advantage", "logprob"])
+@pytest.mark.parametrize("place", ["gradient", "advantage", "logprob", "loss"])
 def test_one_bad_number_in_one_step_costs_that_step_and_no_more(place, calm, tmp_path, monkeypatch):
     """One nan that gets into AdamW's averages is there for good; clipping by its norm spreads it to every weight."""
     calls = []
@@ -269,6 +269,8 @@ def test_one_bad_number_in_one_step_costs_that_step_and_no_more(place, calm, tmp
         figures = real_accumulate(policy, episodes, *others)
         if place == "gradient" and len(calls) == 2:
             policy.layers[0].down.weight.grad[3, 4] = math.inf
+        if place == "loss" and len(calls) == 2:
+            figures["loss"] = -math.inf  # as from a token whose probability is 0: its gradient is finite
         return figures
 
     def generate(*arguments: object, **named: object) -> list[Answer]:

@@ -95,6 +95,12 @@ ACCEPTED = [  # (setting, as typed, value, which yaml.safe_load would often have
     ("rollout.top_p", "1", 1.0),
     ("train.steps", "010", 10),  # safe_load: octal, 8
     ("train.beta1", "0", 0.0),
+    ("rollout.group_size", "65536", 65536),
+    ("rollout.questions_per_step", "65536", 65536),
+    ("rollout.most_draws", "100", 100),
+    ("rollout.max_new_tokens", "1048576", 1048576),
+    ("train.steps", "999999", 999999),
+    ("train.threads", "1024", 1024),
     ("train.seed", "4294967295", 4294967295),
     ("data.target_low", "-7", -7),
     ("data.target_low", "null", None),
@@ -161,25 +167,31 @@ def test_nothing_changes_a_config_behind_the_run_s_back(load):
 
 COUNT_0 = "a whole number, at least 0"
 COUNT_1 = "a whole number, at least 1"
+COUNT_2 = "a whole number, at least 2 and at most 65536"
 POSITIVE = "a number, above 0"
 COUNTS = "a list, each a whole number, at least 2 and at most 6"
 
 BAD_VALUES = [  # (setting, as typed, as shown, what it must be)
-    ("rollout.group_size", "1", "1", "a whole number, at least 2"),  # no spread within a group of one
-    ("rollout.group_size", "-16", "-16", "a whole number, at least 2"),
-    ("rollout.group_size", "16.0", "16.0", "a whole number, at least 2"),  # refused even though integral
-    ("rollout.group_size", "1e1", "1e1", "a whole number, at least 2"),
-    ("rollout.group_size", "1_6", "1_6", "a whole number, at least 2"),
-    ("rollout.group_size", "0x10", "0x10", "a whole number, at least 2"),
-    ("rollout.group_size", "１６", "１６", "a whole number, at least 2"),  # full-width digits
-    ("rollout.group_size", "true", "true", "a whole number, at least 2"),
-    ("rollout.group_size", "sixteen", "sixteen", "a whole number, at least 2"),
-    ("rollout.group_size", "", "empty", "a whole number, at least 2"),
-    ("rollout.group_size", "null", "null", "a whole number, at least 2"),
-    ("rollout.group_size", "[16]", "['16']", "a whole number, at least 2"),
-    ("rollout.group_size", "{a: 16}", "{'a': '16'}", "a whole number, at least 2"),
-    ("rollout.questions_per_step", "0", "0", COUNT_1),
-    ("rollout.max_new_tokens", "0", "0", COUNT_1),
+    ("rollout.group_size", "1", "1", COUNT_2),  # no spread within a group of one
+    ("rollout.group_size", "-16", "-16", COUNT_2),
+    ("rollout.group_size", "16.0", "16.0", COUNT_2),  # refused even though integral
+    ("rollout.group_size", "1e1", "1e1", COUNT_2),
+    ("rollout.group_size", "1_6", "1_6", COUNT_2),
+    ("rollout.group_size", "0x10", "0x10", COUNT_2),
+    ("rollout.group_size", "１６", "１６", COUNT_2),  # full-width digits
+    ("rollout.group_size", "true", "true", COUNT_2),
+    ("rollout.group_size", "sixteen", "sixteen", COUNT_2),
+    ("rollout.group_size", "", "empty", COUNT_2),
+    ("rollout.group_size", "null", "null", COUNT_2),
+    ("rollout.group_size", "[16]", "['16']", COUNT_2),
+    ("rollout.group_size", "{a: 16}", "{'a': '16'}", COUNT_2),
+    ("rollout.group_size", "65537", "65537", COUNT_2),  # no memory error later
+    ("rollout.questions_per_step", "0", "0", f"{COUNT_1} and at most 65536"),
+    ("rollout.questions_per_step", "65537", "65537", f"{COUNT_1} and at most 65536"),
+    ("rollout.most_draws", "0", "0", f"{COUNT_1} and at most 100"),
+    ("rollout.most_draws", "101", "101", f"{COUNT_1} and at most 100"),
+    ("rollout.max_new_tokens", "0", "0", f"{COUNT_1} and at most 1048576"),
+    ("rollout.max_new_tokens", "1048577", "1048577", f"{COUNT_1} and at most 1048576"),
     ("rollout.temperature", "0", "0", POSITIVE),
     ("rollout.temperature", "-0.5", "-0.5", POSITIVE),
     ("rollout.temperature", "hot", "hot", POSITIVE),
@@ -201,8 +213,9 @@ BAD_VALUES = [  # (setting, as typed, as shown, what it must be)
     ("train.learning_rate", "1,5", "1,5", POSITIVE),
     ("train.learning_rate", "true", "true", POSITIVE),
     ("train.learning_rate", "1" * 80 + "x", "1" * 50 + "... (81 characters)", POSITIVE),
-    ("train.steps", "0", "0", COUNT_1),
-    ("train.steps", "1000000000000000000", "1000000000000000000", COUNT_1),  # no 64-bit overflow later
+    ("train.steps", "0", "0", f"{COUNT_1} and at most 999999"),
+    ("train.steps", "1000000", "1000000", f"{COUNT_1} and at most 999999"),  # six digits name a checkpoint
+    ("train.warmup_steps", "1000000000000000000", "1000000000000000000", COUNT_0),  # no 64-bit overflow later
     ("train.seed", "-1", "-1", "a whole number, at least 0 and at most 4294967295"),
     ("train.seed", "4294967296", "4294967296", "a whole number, at least 0 and at most 4294967295"),
     ("train.warmup_steps", "-1", "-1", COUNT_0),
@@ -217,7 +230,8 @@ BAD_VALUES = [  # (setting, as typed, as shown, what it must be)
     ("train.divide_by_std", "null", "null", "true or false"),
     ("train.tokens_per_microbatch", "0", "0", COUNT_1),
     ("train.activation_checkpointing", "off", "off", "true or false"),
-    ("train.threads", "-2", "-2", COUNT_0),
+    ("train.threads", "-2", "-2", f"{COUNT_0} and at most 1024"),
+    ("train.threads", "1025", "1025", f"{COUNT_0} and at most 1024"),
     ("model.path", "", "empty", "text"),
     ("model.path", "null", "null", "text"),
     ("model.path", "' '", " ", "text"),
@@ -263,18 +277,19 @@ def test_a_bad_value_is_named_with_its_key_and_the_values_allowed(load, name, ty
 
 def test_an_override_does_not_hide_a_mistake_in_the_file(load):
     assert complaint(load, with_value("train.steps", "0"), "train.steps=5") == (
-        "FILE: train.steps is 0; it must be a whole number, at least 1")
+        "FILE: train.steps is 0; it must be a whole number, at least 1 and at most 999999")
 
 
 # ---- Bad files ---------------------------------------------------------------------------------------------
 
-BOMB = "a: &a [x, x]\n" + "".join(f"{b}: &{b} [*{a}, *{a}]\n" for a, b in zip("abcdefghijk", "bcdefghijkl"))
+BOMB = "a: &a [x, x]\n" + "".join(
+    f"{b}: &{b} [*{a}, *{a}]\n" for a, b in zip("abcdefghijk", "bcdefghijkl", strict=True))
 KNOWN_SECTIONS = ", ".join(SECTIONS)
 KNOWN_TRAIN = ", ".join(name for name in SETTINGS if name.startswith("train."))
 MUST_HOLD = "it must hold sections such as rollout and train"
 MUST_HAVE_LINES = "it must hold lines such as `key: value`"
-MISSING_FIRST = ("FILE: rollout.max_new_tokens is missing: an answer is cut off after so many tokens "
-                 "(a whole number, at least 1)")
+MISSING_FIRST = ("FILE: rollout.max_new_tokens is missing: an answer is cut off there, in tokens "
+                 "(a whole number, at least 1 and at most 1048576)")
 NOT_UTF8 = "cannot read the config 'FILE': 'utf-8' codec can't decode byte"
 REFUSED = "bad YAML: anchors and tags are refused"
 CONTROL = "special characters are not allowed"
@@ -333,9 +348,10 @@ def test_a_bad_file_gets_one_line(load, content, message):
 
 
 @pytest.mark.parametrize("name, message", [
-    ("rollout.max_new_tokens", "an answer is cut off after so many tokens (a whole number, at least 1)"),
+    ("rollout.max_new_tokens",
+     "an answer is cut off there, in tokens (a whole number, at least 1 and at most 1048576)"),
     ("train.learning_rate", "the step size of AdamW (a number, above 0)"),
-    ("train.steps", "training steps: a rollout and an update each (a whole number, at least 1)"),
+    ("train.steps", "training steps: a rollout and an update each (a whole number, at least 1 and at most 999999)"),
     ("model.path", "a folder or hub id of a Qwen2.5 model (text)"),
     ("data.path", "a folder or hub id of a data set with the columns nums and target (text)"),
 ])
@@ -387,7 +403,7 @@ BAD_OVERRIDES = {  # override: message after "in the override `...`: "
     "--rollout.group_size=16": "unknown key '--rollout.group_size'; did you mean rollout.group_size?",
     "rollout.group_size =16": "unknown key 'rollout.group_size '; did you mean rollout.group_size?",
     ".=16": f"unknown key '.'; known are {KNOWN_SECTIONS}",
-    "train.steps==5": "train.steps is =5; it must be a whole number, at least 1",
+    "train.steps==5": "train.steps is =5; it must be a whole number, at least 1 and at most 999999",
     "data.number_counts=[3": "bad YAML: expected ',' or ']', but got '<stream end>'",
     "model.path=*tiny": "bad YAML: anchors and tags are refused",
     "model.path=a: b": "model.path is {'a': 'b'}; it must be text",

@@ -38,7 +38,7 @@ from grpo import (
 from qwen2_model import Qwen2
 from rollout import Answer, Sampling, generate
 
-SETTINGS = TrainSettings(learning_rate=1e-3, steps=1, max_grad_norm=1e9)  # so high a bound clips nothing
+SETTINGS = TrainSettings(learning_rate=1e-3, steps=1, max_grad_norm=1e9, divide_loss_by="tokens")  # clips nothing
 LIMIT = 12  # tokens an answer
 SAMPLINGS = [UNCUT, Sampling(temperature=0.7, top_k=5, top_p=0.9), Sampling(temperature=1.4, top_p=0.8)]
 

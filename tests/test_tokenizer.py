@@ -211,6 +211,14 @@ def test_len_is_one_past_the_last_id(folder):
     assert len(Tokenizer(path)) == 320 == len(transformers_tokenizer(path))
 
 
+def test_len_is_one_past_the_last_id_of_a_vocabulary_with_a_hole(folder):
+    """A count of the tokens would be 320 here: id 5000 would pass for one that the embedding has, and miss it."""
+    bpe = json.loads(small_bpe())
+    bpe["model"]["vocab"]["3"] = 5000
+    tokenizer = Tokenizer(folder(tokenizer__json=bpe))
+    assert tokenizer.encode("3") == [5000] and len(tokenizer) == 5001
+
+
 def test_truncation_and_padding_left_in_the_file_are_switched_off(folder):
     """Fine-tuning tools save them; a prompt would lose its end, or gain pad tokens, and nobody be told."""
     bpe = BytePairTokenizer.from_str(small_bpe())

@@ -12,8 +12,8 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import train
-from model_folder import load_model
 from data_types import load_config
+from model_folder import load_model
 from qwen2_model import head_logits
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -139,8 +139,9 @@ def complaint(capsys, *arguments: str) -> str:
     (["--config", "config_tiny.yml", "rollout.groupsize=8"],
      r".*unknown key 'rollout.groupsize'; did you mean rollout.group_size\?"),
     (["--config", "config_tiny.yml", "rollout.group_size=1"],
-     r".*rollout.group_size is 1; it must be a whole number, at least 2"),
-    (["--config", "config_tiny.yml", "train.learning_rate=fast"], r".*train.learning_rate is fast; it must be a number.*"),
+     r".*rollout.group_size is 1; it must be a whole number, at least 2 and at most 65536"),
+    (["--config", "config_tiny.yml", "train.learning_rate=fast"],
+     r".*train.learning_rate is fast; it must be a number.*"),
     (["--config", "config_tiny.yml", "model.device=cuda:7"], r".*model.device is cuda:7, which this machine.*"),
     (["--config", "config_tiny.yml", "model.path=nowhere/at/all"], r".*nowhere/at/all.*"),
     (["--config", "config_tiny.yml", "data.path=tiny/none.parquet"], r".*tiny/none.parquet.*"),
@@ -172,5 +173,5 @@ def test_a_run_folder_that_holds_a_run_is_never_written_into(finished, capsys):
     folder = finished[0]
     before = {file: file.stat().st_mtime_ns for file in folder.rglob("*")}
     line = complaint(capsys, "--config", "config_tiny.yml", "--name", "one", f"output.folder={folder.parent}", *SMALL)
-    assert "already holds a run" in line
+    assert f"{folder} is already there: go on with --resume {folder}" in line
     assert {file: file.stat().st_mtime_ns for file in folder.rglob("*")} == before
