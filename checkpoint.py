@@ -159,7 +159,8 @@ def read_progress(folder: Path) -> Progress:
         progress = Progress(**state["progress"])
         counts = (progress.step, progress.drawn, progress.optimizer_steps, progress.skipped_in_a_row,
                   *progress.files.values())
-        sound = (all(type(count) is int and count >= 0 for count in counts) and type(progress.best) is float
+        sound = (asdict(progress).keys() == state["progress"].keys() and type(progress.best) is float
+                 and all(type(count) is int and count >= 0 for count in counts)
                  and all(isinstance(evaluation, dict | None) for evaluation in (progress.before, progress.after)))
     except (KeyError, TypeError, AttributeError):
         sound = False

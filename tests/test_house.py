@@ -28,7 +28,7 @@ def test_the_core_fits_one_sitting():
     lines = {path.name: code_lines(path.read_text()) for path in sorted(ROOT.glob("*.py"))}
     core = sum(count for name, count in lines.items() if name not in ASIDE)
     print("\n" + "\n".join(f"{name:22s} {count:5d}" for name, count in lines.items()) + f"\ncore: {core}")
-    assert core <= 1950  # the aim is about 1,500; LOG.md says what it is spent on
+    assert core <= 2000  # the aim is about 1,500; LOG.md says what it is spent on
 
 
 def test_functions_fit_a_screen_modules_say_what_they_do_and_nothing_runs_text():
