@@ -1,5 +1,7 @@
 """Warnings for a run that nobody watches: what looks wrong in its metrics, once each, with what to do about it.
 
+A resumed run starts with a clean memory: it measures the entropy against its own first step, and may warn again.
+
 Left out: stopping by itself. Only numbers that are not finite stop a run (train.py); the rest may be a hard task.
 """
 

@@ -65,6 +65,7 @@ def appearing(folder: Path) -> Iterator[Path]:
                 shutil.rmtree(folder)
             partial.rename(folder)
             flush(folder.parent)
+            flush(folder.parent.parent)
     finally:
         shutil.rmtree(partial, ignore_errors=True)  # where it has been renamed, there is none
 
@@ -146,7 +147,10 @@ def saved(run_folder: Path, kind: str = "step") -> list[Path]:
 
 def read_progress(folder: Path) -> Progress:
     """The Progress of a checkpoint whose files are all as they were saved; else UserError names those that are not."""
-    content = read_json(folder / STATE)
+    try:
+        content = read_json(folder / STATE)
+    except UserError:
+        content = {}
     state = {key: value for key, value in content.items() if key != "checksum"}
     intact = content.get("checksum") == text_checksum(state) and isinstance(state.get("files"), dict)
     files = state["files"] if intact else {STATE: None}
@@ -169,8 +173,8 @@ def read_progress(folder: Path) -> Progress:
     return progress
 
 
-def load_state(folder: Path, optimizer: AdamW) -> Progress:
-    """Read a checkpoint's optimizer state into `optimizer`, each tensor to where it lives; returns its Progress."""
+def load_optimizer(folder: Path, optimizer: AdamW, progress: Progress) -> None:
+    """Read a checkpoint's optimizer state into `optimizer`, each tensor to where it lives."""
     tensors = optimizer.tensors()
     files = {name: path for path in sorted(folder.glob("optimizer*.safetensors")) for name in read_header(path)}
     if files.keys() != tensors.keys():
@@ -178,9 +182,7 @@ def load_state(folder: Path, optimizer: AdamW) -> Progress:
     for name, path in files.items():
         with safe_open(path, framework="pt") as file:  # anew for each, as model_folder.load_model does and says why
             tensors[name].copy_(file.get_tensor(name))
-    progress = read_progress(folder)
     optimizer.steps = progress.optimizer_steps
-    return progress
 
 
 def find_run(config: Config, resume: str) -> Path:
@@ -196,8 +198,8 @@ def find_run(config: Config, resume: str) -> Path:
     return Path(resume)
 
 
-def start_again(run_folder: Path, config: Config) -> Path | None:
-    """Make a run's folder ready to go on under `config`; returns its newest checkpoint, if there is one.
+def start_again(run_folder: Path, config: Config) -> tuple[Path | None, Progress]:
+    """Make a run's folder ready to go on under `config`; returns its newest checkpoint, if there is one, and Progress.
 
     What a killed run had half written is removed. Raises UserError when the config or the checkpoint is not this run's.
     """
@@ -217,7 +219,7 @@ def start_again(run_folder: Path, config: Config) -> Path | None:
     for left in (*run_folder.glob(f"*{PARTIAL}"), *run_folder.glob(f"checkpoints/*{PARTIAL}")):
         shutil.rmtree(left, ignore_errors=True)
     print(f"resuming from {newest}" if newest else f"{run_folder} has no checkpoint yet: starting it anew", flush=True)
-    return newest
+    return newest, progress
 
 
 def check_changes(old: Config, new: Config) -> None:

@@ -47,17 +47,16 @@ def advantages(rewards: Tensor, groups: Tensor, divide_by_std: bool = True) -> t
     teaches nothing: its advantages are exactly zero. divide_by_std=False is Dr. GRPO (arXiv 2503.20783).
     """
     rewards = rewards.double()
-    count = int(groups.max()) + 1
-    size = torch.zeros(count, dtype=torch.float64).index_add_(0, groups, torch.ones_like(rewards))
-    mean = torch.zeros(count, dtype=torch.float64).index_add_(0, groups, rewards) / size
-    centred = rewards - mean[groups]
-    variance = torch.zeros(count, dtype=torch.float64).index_add_(0, groups, centred**2) / size
-    lowest = torch.full((count,), torch.inf, dtype=torch.float64).scatter_reduce_(0, groups, rewards, "amin")
-    highest = torch.full((count,), -torch.inf, dtype=torch.float64).scatter_reduce_(0, groups, rewards, "amax")
-    flat = lowest == highest  # compared as they are: a variance would leave rounding errors to divide by
-    scale = variance.sqrt() if divide_by_std else torch.ones_like(variance)
-    advantage = torch.where(flat[groups], 0.0, centred / scale.masked_fill(flat, 1.0)[groups])
-    return advantage, int((flat & (size > 0)).sum())
+    advantage, flat = torch.zeros_like(rewards), 0
+    for group in groups.unique():
+        rows = groups == group
+        peers = rewards[rows]
+        if peers.min() == peers.max():  # compared as they are: a deviation would leave rounding errors to divide by
+            flat += 1
+            continue
+        centred = peers - peers.mean()
+        advantage[rows] = centred / centred.square().mean().sqrt() if divide_by_std else centred
+    return advantage, flat
 
 
 def assign_advantages(episodes: Sequence[Episode], settings: TrainSettings, length_limit: int) -> int:
@@ -190,7 +189,7 @@ def accumulate_gradient(policy: Qwen2, episodes: Sequence[Episode], vocabulary: 
         loss.backward()
         moved = logprobs.detach() - sampled
         outside = (moved.exp() > 1 + settings.clip_high) | (moved.exp() < 1 - settings.clip_low)
-        sums += torch.stack([loss.detach(), entropy.sum(), moved.abs().sum(), outside.sum()]).double().cpu()
+        sums += torch.stack([loss.detach(), entropy.sum(), moved.abs().sum(), outside.sum()]).cpu().double()
         on_tokens(sum(lengths[row] for row in rows))
     tokens = sum(len(e.response_ids) for e in telling)
     loss_sum, *others = sums.tolist()

@@ -25,6 +25,7 @@ from typing import Any, BinaryIO
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
+from checkpoint import flush
 from data_types import Config, Episode, UserError, dump_config
 from model_folder import writing
 
@@ -57,9 +58,11 @@ class Logbook:
         with writing(folder):
             (folder / "config.yml.partial").write_text(dump_config(config), encoding="utf-8")
             (folder / "config.yml.partial").replace(folder / "config.yml")
+            flush(folder / "config.yml")
+            flush(folder)
             names = ("metrics.jsonl", "samples.txt")
             self._files = {name: open_at(folder / name, files.get(name, 0)) for name in names}
-            self._tensorboard = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1 if step else None)
+            self._tensorboard = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1 if step else 0)
         self._steps = config.train.steps
         self._began = time.perf_counter()
         self._complained = False

@@ -11,6 +11,7 @@ keeps RESERVE free.
 Left out: several GPUs, and the host's memory.
 """
 
+import re
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -21,7 +22,7 @@ import torch
 from data_types import Config, UserError
 from grpo import CHUNK_TOKENS
 from optimizer import SLICE
-from qwen2_model import Qwen2Config
+from qwen2_model import Qwen2, Qwen2Config
 
 T = TypeVar("T")
 GIB = 2**30
@@ -48,11 +49,8 @@ def shape_config(name: str) -> Qwen2Config:
 
 def parameter_count(shape: Qwen2Config) -> int:
     """Number of weights of a model of this shape."""
-    attention = (shape.num_attention_heads + 2 * shape.num_key_value_heads) * shape.head_dim
-    layer = (attention * (shape.hidden_size + 1) + shape.num_attention_heads * shape.head_dim * shape.hidden_size
-             + 3 * shape.hidden_size * shape.intermediate_size + 2 * shape.hidden_size)
-    embeddings = shape.vocab_size * shape.hidden_size * (1 if shape.tie_word_embeddings else 2)
-    return embeddings + shape.num_hidden_layers * layer + shape.hidden_size
+    with torch.device("meta"):  # shapes without memory
+        return sum(parameter.numel() for parameter in Qwen2(shape).parameters())
 
 
 @dataclass(frozen=True)
@@ -166,7 +164,10 @@ def fit_in_memory(attempt: Callable[[float], T], size: float, least: float, what
     while True:
         try:
             return attempt(size), size
-        except torch.OutOfMemoryError:
+        except RuntimeError as error:  # cuBLAS and graphs have words of their own for it
+            out_of_memory = isinstance(error, torch.OutOfMemoryError)
+            if not out_of_memory and not re.search("out of memory|ALLOC_FAILED", str(error)):
+                raise
             failed = size  # and leave this block first: here the failed attempt's tensors are still referenced
         torch.cuda.empty_cache()
         size = max(least, failed / 2)

@@ -263,6 +263,7 @@ def save_tensors(tensors: dict[str, Tensor], folder: Path, stem: str, most_bytes
     for file in sorted(set(places.values())):
         on_host = {name: tensors[name].cpu().contiguous() for name in tensors if places[name] == file}
         save_file(on_host, folder / file, metadata={"format": "pt"})
+        os.chmod(folder / file, 0o644)  # the library lets nobody else read it
         del on_host  # before the next file's tensors come to the host
     return places
 

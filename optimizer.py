@@ -10,7 +10,7 @@ the forward pass reads, and there is a choice of where to keep them:
     offload       as master, but in pinned host memory: 0 on GPU    3B on 24 GB
 
 Gradients of bf16 weights accumulate in fp32 (4 bytes): adding up 128 micro-batches in bf16 would cost the gradient
-about 1.2 % of its length.
+about 1.2 % of its length. Only the head's chunks within one micro-batch (grpo.py) add up in bf16, 16 of them at most.
 
 `split` is exact: bf16 is the upper half of an fp32 number, so a bf16 weight and the 16 bits it lacks *are* an fp32
 master weight, at half the price. Its bf16 moments are rounded stochastically: with beta2 = 0.999 one step changes the

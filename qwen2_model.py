@@ -139,7 +139,7 @@ class Qwen2(nn.Module):
         x = self.embed(tokens)
         for layer in self.layers:
             if self.checkpoint_layers and torch.is_grad_enabled():
-                x = checkpoint(layer, x, cos, sin, attend, use_reentrant=False)
+                x = checkpoint(layer, x, cos, sin, attend, use_reentrant=False, preserve_rng_state=False)
             else:
                 x = layer(x, cos, sin, attend)
         return self.norm(x)

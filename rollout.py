@@ -15,7 +15,7 @@ rows up front, so there is no queue to serve.
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -138,7 +138,8 @@ class KVCache:
 
     def move(self, source: Tensor, target: Tensor, columns: int) -> None:
         """Copy rows `source` over rows `target`, the first `columns` columns of each."""
-        self.data[:, :, target, :, :columns] = self.data[:, :, source, :, :columns]
+        for layer in self.data:  # one after the other: the rows on their way are a copy
+            layer[:, target, :, :columns] = layer[:, source, :, :columns]
         self.start[target] = self.start[source]
 
 
@@ -224,7 +225,8 @@ class GraphedSteps:
         graph = self.graphs[bucket]
         if graph is None:
             graph = self.graphs[bucket] = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, pool=self.pool):  # recording runs nothing
+            # recording runs nothing; where it runs out of memory, the outer `with` puts the stream back
+            with torch.cuda.stream(torch.cuda.current_stream()), torch.cuda.graph(graph, pool=self.pool):
                 self.decoder.step(rows, columns)
         graph.replay()
 
@@ -247,18 +249,15 @@ def generate(model: Qwen2, prompts: Sequence[Sequence[int]], uniforms: Tensor, e
     row_bytes = cache_bytes_per_row(model, max(map(len, prompts)) + uniforms.shape[1])
     rows = max(1.0, cache_bytes / row_bytes)  # at a time
     parts = next(n for n in range(1, group + 1) if group % n == 0 and group // n <= rows)
-    if parts > 1:  # each part of a group prefills its prompt
-        split = [prompt for prompt in prompts for _ in range(parts)]
-        answers = generate(model, split, uniforms, end_ids, vocabulary, sampling, cache_bytes, compact, graphs,
-                           on_tokens)
-        return [replace(answer, question=answer.question // parts) for answer in answers]
-    wave = int(min(len(prompts), rows / group))  # questions at a time
+    prompts = [prompt for prompt in prompts for _ in range(parts)]  # each part of a group prefills its prompt
+    group //= parts
+    wave = int(min(len(prompts), rows / group))  # prompts at a time
     answers = []
     for first in range(0, len(prompts), wave):
         numbers = uniforms[first * group : (first + wave) * group]
-        decoder = decode(model, prompts[first : first + wave], numbers, end_ids, vocabulary, sampling, compact, graphs,
-                         on_tokens)
-        answers += collect(decoder, first, group, end_ids)
+        # no name for the wave's decoder: it would keep this wave's cache alive while the next one gets its own
+        answers += collect(decode(model, prompts[first : first + wave], numbers, end_ids, vocabulary, sampling, compact,
+                                  graphs, on_tokens), first * group, group * parts, end_ids)
     return answers
 
 
@@ -302,11 +301,11 @@ def decode(model: Qwen2, prompts: Sequence[Sequence[int]], uniforms: Tensor, end
     return decoder
 
 
-def collect(decoder: Decoder, first_question: int, group: int, end_ids: Sequence[int]) -> list[Answer]:
-    """The answers on the host, cut at their lengths."""
+def collect(decoder: Decoder, first_row: int, group: int, end_ids: Sequence[int]) -> list[Answer]:
+    """The answers on the host, cut at their lengths; `first_row` is the place of the first among all rows."""
     tokens, logprobs = decoder.tokens.tolist(), decoder.logprobs.tolist()
     answers = []
     for row, length in enumerate(decoder.lengths.tolist()):
         ids = tokens[row][:length]
-        answers.append(Answer(first_question + row // group, ids, logprobs[row][:length], ids[-1] in end_ids))
+        answers.append(Answer((first_row + row) // group, ids, logprobs[row][:length], ids[-1] in end_ids))
     return answers

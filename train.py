@@ -27,7 +27,7 @@ from types import FrameType, TracebackType
 import torch
 
 from alarms import Alarms
-from checkpoint import Progress, appearing, find_run, load_state, reported, save_best, save_checkpoint, start_again
+from checkpoint import Progress, appearing, find_run, load_optimizer, reported, save_best, save_checkpoint, start_again
 from countdown_task import ASSISTANT_PREFIX, grade, load_problems, problem_order, question_text, split_problems
 from data_types import Config, Episode, Problem, RolloutSettings, UserError, load_config
 from grpo import accumulate_gradient, apply_gradient, assign_advantages, assign_token_weights
@@ -136,7 +136,7 @@ def save(run: Run, logbook: Logbook) -> None:
 def run_to_the_end(config: Config, name: str | None, resume: str | None) -> int:
     """A run from its start or its last checkpoint to its end, or to a signal; returns the exit status."""
     folder = new_run_folder(config, name) if resume is None else find_run(config, resume)
-    run = set_up(config, None if resume is None else start_again(folder, config))
+    run = set_up(config, *(() if resume is None else start_again(folder, config)))
     progress = run.progress
     again = shlex.join(["python", "train.py", "--config", str(folder / "config.yml"), "--resume", str(folder)])
     with Logbook(config, folder, progress.files, progress.step) as logbook, Interrupts() as interrupts:
@@ -175,7 +175,7 @@ class Interrupts:
         os.write(2, b"\nstopping: finishing this phase, then saving; once more to stop at once\n")  # print may be busy
 
 
-def set_up(config: Config, checkpoint: Path | None = None) -> Run:
+def set_up(config: Config, checkpoint: Path | None = None, progress: Progress | None = None) -> Run:
     """Everything a run needs, what is cheap to check first; as of a checkpoint where there is one."""
     device = find_device(config)
     # On a CPU the products of a small model are too short to share out among many cores.
@@ -197,7 +197,9 @@ def set_up(config: Config, checkpoint: Path | None = None) -> Run:
     policy = load_model(checkpoint or folder, device, getattr(torch, config.model.dtype))
     policy.checkpoint_layers = config.train.activation_checkpointing
     optimizer = AdamW(policy.parameters(), config.train)
-    progress = load_state(checkpoint, optimizer) if checkpoint else Progress()
+    progress = progress or Progress()
+    if checkpoint:
+        load_optimizer(checkpoint, optimizer, progress)
     return Run(config, folder, policy, tokenizer, optimizer, training, held_out[: config.eval.size], cache_bytes,
                config.train.tokens_per_microbatch, progress)
 
@@ -211,6 +213,8 @@ def find_device(config: Config) -> torch.device:
         found = ", ".join(kind for kind, found in there.items() if found)
         raise UserError(f"model.device is {name}{expected_need(config)}, which this machine does not have (it has "
                         f"{found}); to train on a CPU: python train.py --config config_tiny.yml")
+    if device.type == "cuda":
+        torch.cuda.set_device(device)  # streams and graphs belong to the current one
     return device
 
 
@@ -249,7 +253,7 @@ def update_policy(run: Run, batch: Sequence[Episode], distribution: Sampling,
                   on_tokens: Callable[[int], object]) -> dict[str, float | None]:
     """The optimizer steps of one batch; the metrics are those of its first, the one on fresh answers.
 
-    skipped is 1 when some number was not finite: then the weights stay as they are.
+    skipped is 1 when some number was not finite: from then on the weights stay as they are.
     """
     settings = run.config.train
     assign_token_weights(batch, settings, run.config.rollout.max_new_tokens)
@@ -318,6 +322,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         return run_to_the_end(load_config(arguments.config, arguments.overrides), arguments.name, arguments.resume)
     except UserError as error:
         print(f"train.py: {error}", file=sys.stderr)
+        return 2
+    except torch.OutOfMemoryError:
+        print("train.py: out of GPU memory where nothing can be made smaller: set train.optimizer=offload, or see what "
+              "`python benchmark.py --config C --plan GB` says this run needs", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("train.py: stopped at once; what was saved before is there to --resume", file=sys.stderr)

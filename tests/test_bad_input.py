@@ -387,9 +387,9 @@ RESUMED = [  # damage, further arguments, message
     (nothing, ["train.seed=2"], f"train.seed is 2 but was 1 {FIXED}"),
     (nothing, ["train.optimizer=offload"], f"train.optimizer is offload but was master {FIXED}"),
     (nothing, ["train.steps=1"], f"{NEWEST}: is 2 steps on, and train.steps is 1; raise it to go on"),
-    (lose(STATE), [], f"{STATE}: cannot be read: No such file or directory"),
-    (put(STATE, ""), [], f"{STATE}: cannot be read as JSON (Expecting value…)"),
-    (put(STATE, "[]"), [], f"{STATE}: must hold a JSON object, found list"),
+    (lose(STATE), [], CHANGED),
+    (put(STATE, ""), [], CHANGED),
+    (put(STATE, "[]"), [], CHANGED),
     (edited(STATE, lambda state: state["progress"].update(step=1)), [],
      CHANGED),
     (sealed(lambda state: state.pop("files")), [], CHANGED),
@@ -410,9 +410,9 @@ RESUMED = [  # damage, further arguments, message
     (lambda: (lose(f"{NEWEST}/tokenizer.json")(), keys(f"{NEWEST}/config.json", rope_theta=1e6)()), [],
      f"{NEWEST}: not as it was saved: config.json, tokenizer.json; {REMOVE}"),
     (put(f"{OLD}/checkpoints/step-000003", ""), [],
-     f"{OLD}/checkpoints/step-000003/state.json: cannot be read: Not a directory"),
+     f"{OLD}/checkpoints/step-000003: not as it was saved: state.json; {REMOVE}"),
     (folder_at(f"{OLD}/checkpoints/step-000004"), [],
-     f"{OLD}/checkpoints/step-000004/state.json: cannot be read: No such file or directory"),
+     f"{OLD}/checkpoints/step-000004: not as it was saved: state.json; {REMOVE}"),
 ]
 
 # ------------------------------------------------------------------------------------------------ the model folder

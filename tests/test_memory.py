@@ -22,12 +22,6 @@ def config():
     return load_config(str(ROOT / "config.yml"))
 
 
-@pytest.mark.parametrize("tied", [True, False])
-def test_parameters_are_counted_as_they_are_built(tied):
-    shape = replace(SMALL, tie_word_embeddings=tied)
-    assert parameter_count(shape) == sum(p.numel() for p in Qwen2(shape).parameters())
-
-
 @pytest.mark.parametrize(("size", "published"), [
     ("0.5B", 494_032_768), ("1.5B", 1_543_714_304), ("3B", 3_085_938_688), ("7B", 7_615_616_512),
     ("14B", 14_770_033_664), ("32B", 32_763_876_352), ("72B", 72_706_203_648),
@@ -55,7 +49,8 @@ def test_optimizer_state_and_cache_are_planned_as_they_are_allocated(config, mod
 def test_the_configs_fit_their_cards():
     """config.yml is promised to fit 48 GB, config_24gb.yml 24 GB; each leaves the other's mode no room."""
     for name, card in (("config.yml", 48), ("config_24gb.yml", 24)):
-        assert plan_memory(load_config(str(ROOT / name)), shape_config("3B"), card * 0.95 * GIB).peak <= card * 0.95 * GIB
+        room = card * 0.95 * GIB
+        assert plan_memory(load_config(str(ROOT / name)), shape_config("3B"), room).peak <= room
     assert plan_memory(load_config(str(ROOT / "config.yml")), shape_config("3B"), 24 * GIB).peak > 24 * GIB
 
 

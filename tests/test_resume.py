@@ -31,7 +31,7 @@ from crash import ROOT, SETTINGS, content
 
 import checkpoint
 import train
-from checkpoint import Progress, load_state, read_progress, save_best, save_checkpoint, saved
+from checkpoint import Progress, load_optimizer, read_progress, save_best, save_checkpoint, saved
 from data_types import UserError, load_config
 from logbook import Logbook
 from model_folder import load_model, read_model_config
@@ -459,15 +459,13 @@ DAMAGES = [
     (lambda path, other: replace(path, path.read_bytes().replace(b'"step": 8', b'"step": 9')), STATE,
      CHANGED.replace("{names}", STATE)),
     (text("{}"), STATE, CHANGED.replace("{names}", STATE)),
-    (missing, STATE, "{folder}/state.json: cannot be read: No such file or directory"),
-    (text(""), STATE, "{folder}/state.json: cannot be read as JSON (Expecting value: line 1 column 1 (char 0))"),
-    (text("step: 8"), STATE, "{folder}/state.json: cannot be read as JSON (Expecting value: line 1 column 1 (char 0))"),
-    (text("[8]"), STATE, "{folder}/state.json: must hold a JSON object, found list"),
+    *((damage, STATE, CHANGED.replace("{names}", STATE))
+      for damage in (missing, text(""), text("step: 8"), text("[8]"))),
     (state(lambda content: content.pop("progress")), STATE, VERSION),
     (state(lambda content: content["progress"].update(epoch=1)), STATE, VERSION),
     (state(lambda content: content.update(progress=[8])), STATE, VERSION),
-    pytest.param(state(lambda content: content["progress"].pop("drawn")), STATE, VERSION),
-    pytest.param(state(lambda content: content.pop("files")), STATE, CHANGED.replace("{names}", STATE)),
+    (state(lambda content: content["progress"].pop("drawn")), STATE, VERSION),
+    (state(lambda content: content.pop("files")), STATE, CHANGED.replace("{names}", STATE)),
     (state(lambda content: content["progress"].update(files={"metrics.jsonl": "10"})), STATE, VERSION),
     (state(lambda content: content["progress"].update(before="x")), STATE, VERSION),
     (state(lambda content: content["progress"].update(step=-3)), STATE, VERSION),
@@ -626,8 +624,8 @@ def test_the_last_good_checkpoint_loads_whichever_write_fails(tmp_path):
     tried = json.loads(done.stdout)
     for code in map(str, FAULTS):
         assert len(tried[code]) > 20
-        # Weights, optimizer state, config.json and state.json are written; every file and both folders flushed.
-        assert tried[code].count("write") == 4 and tried[code].count("fsync") == 9
+        # Weights, optimizer state, config.json and state.json are written; every file and three folders flushed.
+        assert tried[code].count("write") == 4 and tried[code].count("fsync") == 10
         assert {"mkdir", "rename", "open", "sendfile", "ftruncate", "unlinkat"} <= set(tried[code])
 
 
@@ -670,7 +668,9 @@ def save_with_faults(scratch: Path) -> None:
         folder = saved(run)[-1]
         model = load_model(folder, torch.device("cpu"), torch.float32)
         state = AdamW(model.parameters(), settings)
-        step = load_state(folder, state).step
+        progress = read_progress(folder)
+        load_optimizer(folder, state, progress)
+        step = progress.step
         loaded = {**model.hf_tensors(), **state.tensors()}
         assert folder.name == f"step-{step:06d}" and state.steps == step and loaded.keys() == versions[step].keys()
         assert all(torch.equal(loaded[name], versions[step][name]) for name in loaded)
