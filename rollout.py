@@ -121,7 +121,10 @@ class KVCache:
     def look_at(self, rows: int, columns: int) -> None:
         """Prepare one decode step of the first `rows` rows that reads the first `columns` columns."""
         seen = self.columns[:columns]
-        self.mask = ((seen >= self.start[:rows, None]) & (seen <= self.column))[:, None, None]  # (rows, 1, 1, columns)
+        hidden = (seen < self.start[:rows, None]) | (seen > self.column)
+        # as numbers to add: attention would make them of booleans once a layer
+        mask = torch.zeros(hidden.shape, dtype=self.data.dtype, device=hidden.device).masked_fill_(hidden, -torch.inf)
+        self.mask = mask[:, None, None]  # (rows, 1, 1, columns)
 
     def attend_new(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Attention of one new token a row (rows, H, 1, D) over all that is cached, itself included."""
