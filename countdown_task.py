@@ -44,12 +44,10 @@ def question_text(problem: Problem) -> str:
     The problem stands in one piece and no other digit is in the text, so that a small tokenizer trained on it
     can make few tokens of the rest. Every model, tiny or large, is asked in the same words.
     """
-    return (
-        f"Use the numbers {list(problem.numbers)} to reach the target {problem.target}. Write one expression "
-        "with the operations + - * / and parentheses in which each number stands exactly once. "
-        "Think inside <think> </think>, then give the final expression inside <answer> </answer>, "
-        "such as <answer> (a + b) / c </answer> with numbers for the letters."
-    )
+    return (f"Use the numbers {list(problem.numbers)} to reach the target {problem.target}. Write one expression "
+            "with the operations + - * / and parentheses in which each number stands exactly once. "
+            "Think inside <think> </think>, then give the final expression inside <answer> </answer>, "
+            "such as <answer> (a + b) / c </answer> with numbers for the letters.")
 
 
 # ------------------------------------------------------------------------------------------------ the reward
@@ -148,13 +146,8 @@ def _factor(stack: list[str], depth: int) -> Fraction:
 MAX_NUMBER = 1_000_000  # of a problem's numbers and its target; more is a mistake in the data, not a puzzle
 
 
-def load_problems(
-    path: str,
-    revision: str | None = None,
-    number_counts: Sequence[int] = (),
-    target_low: int | None = None,
-    target_high: int | None = None,
-) -> list[Problem]:
+def load_problems(path: str, revision: str | None = None, number_counts: Sequence[int] = (),
+                  target_low: int | None = None, target_high: int | None = None) -> list[Problem]:
     """Problems of a parquet file, of all parquet files in a folder, or of a hub data set ("owner/name").
 
     The files hold the columns `nums` (lists of 2 to 6 positive integers) and `target` (positive integers).
@@ -163,18 +156,13 @@ def load_problems(
     `target_high`. Raises UserError when a file cannot be read or has no good row, or no problem passes.
     """
     problems = [problem for file in _parquet_files(path, revision) for problem in _read_parquet(file)]
-    kept = [
-        problem
-        for problem in problems
-        if (not number_counts or len(problem.numbers) in number_counts)
-        and (target_low is None or problem.target >= target_low)
-        and (target_high is None or problem.target <= target_high)
-    ]
+    kept = [problem for problem in problems
+            if (not number_counts or len(problem.numbers) in number_counts)
+            and (target_low is None or problem.target >= target_low)
+            and (target_high is None or problem.target <= target_high)]
     if not kept:
-        raise UserError(
-            f"{path}: none of its {len(problems)} problems passes the filters: widen data.number_counts "
-            f"({list(number_counts)}), data.target_low ({target_low}) or data.target_high ({target_high})"
-        )
+        raise UserError(f"{path}: none of its {len(problems)} problems passes the filters: widen data.number_counts "
+                        f"({list(number_counts)}), data.target_low ({target_low}) or data.target_high ({target_high})")
     return kept
 
 
@@ -197,11 +185,10 @@ def _read_parquet(file: Path) -> list[Problem]:
     try:
         table = pandas.read_parquet(file, columns=["nums", "target"])
     except Exception as error:  # a damaged file comes out as almost any kind of error
-        raise UserError(
-            f"{file}: not a readable parquet file with columns 'nums' and 'target' ({one_line(error)})"
-        ) from error
+        raise UserError(f"{file}: not a readable parquet file with columns 'nums' and 'target' "
+                        f"({one_line(error)})") from error
     problems, faults = [], []
-    for row, (numbers, target) in enumerate(zip(table["nums"].tolist(), table["target"].tolist())):
+    for row, (numbers, target) in enumerate(zip(table["nums"].tolist(), table["target"].tolist(), strict=True)):
         try:
             problems.append(_problem_from_row(numbers, target))
         except ValueError as error:
@@ -245,10 +232,8 @@ def split_problems(problems: Sequence[Problem], held_out: int) -> tuple[list[Pro
         if problem.numbers < twin.numbers:
             by_key[_key(problem)] = problem
     if len(by_key) <= held_out:
-        raise UserError(
-            f"{len(by_key)} different problems are too few to hold out {held_out} and train on the rest: "
-            "lower data.held_out, widen the data's filters or use more data"
-        )
+        raise UserError(f"{len(by_key)} different problems are too few to hold out {held_out} and train on the rest: "
+                        "lower data.held_out, widen the data's filters or use more data")
     chosen = sorted(by_key, key=lambda key: hashlib.sha256(key.encode()).digest())[:held_out]
     taken = set(chosen)
     return [p for p in problems if _key(p) not in taken], [by_key[key] for key in chosen]

@@ -30,9 +30,8 @@ ADVICE = (  # the first kind that fits counts
 )  # fmt: skip
 
 
-def download(
-    section: str, name: str, revision: str | None, patterns: Sequence[str], ignored: Sequence[str] = ()
-) -> Path:
+def download(section: str, name: str, revision: str | None, patterns: Sequence[str],
+             ignored: Sequence[str] = ()) -> Path:
     """The folder in the hub's cache with the files of `name` ("owner/name") that are asked for.
 
     section: "model" or "data", the part of the config that asks; it decides between models and data sets.

@@ -23,8 +23,7 @@ from torch import Tensor
 
 from qwen2_model import Qwen2, causal_attention, head_logits
 
-CHECK_EVERY = {"cuda": 16}  # tokens between two looks at which rows have ended; a look makes a GPU wait
-CHECK_EVERY_ELSEWHERE = 2
+CHECK_EVERY = {"cuda": 16, "cpu": 2, "mps": 16}  # tokens between two looks at which rows have ended: a GPU waits for it
 
 
 @dataclass(frozen=True)
@@ -134,10 +133,8 @@ class KVCache:
         values.index_copy_(2, self.column, v)
         # q heads of one group become query positions: K and V are read once for all of them
         folded = q.view(rows, keys.shape[1], -1, q.shape[-1])
-        mixed = F.scaled_dot_product_attention(
-            folded, keys[:, :, :columns], values[:, :, :columns], attn_mask=self.mask
-        )
-        return mixed.reshape(q.shape)
+        keys, values = keys[:, :, :columns], values[:, :, :columns]
+        return F.scaled_dot_product_attention(folded, keys, values, attn_mask=self.mask).reshape(q.shape)
 
     def move(self, source: Tensor, target: Tensor, columns: int) -> None:
         """Copy rows `source` over rows `target`, the first `columns` columns of each."""
@@ -290,7 +287,7 @@ def decode(model: Qwen2, prompts: Sequence[Sequence[int]], uniforms: Tensor, end
     decoder.record(head_logits(last, decoder.head).repeat_interleave(cache.group, dim=0))
     step = GraphedSteps(decoder).step if graphs and device.type == "cuda" else decoder.step
     on_tokens(len(uniforms))
-    sampled, counted, check_every = 1, len(uniforms), CHECK_EVERY.get(device.type, CHECK_EVERY_ELSEWHERE)
+    sampled, counted, check_every = 1, len(uniforms), CHECK_EVERY[device.type]
     while sampled < max_new and decoder.active:
         burst = min(check_every, max_new - sampled)
         for _ in range(burst):

@@ -623,6 +623,7 @@ def test_the_last_good_checkpoint_loads_whichever_write_fails(tmp_path):
     assert done.returncode == 0, done.stderr
     tried = json.loads(done.stdout)
     for code in map(str, FAULTS):
+        print(f"errno {code}: {len(tried[code])} calls failed, one at a time")
         assert len(tried[code]) > 20
         # Weights, optimizer state, config.json and state.json are written; every file and three folders flushed.
         assert tried[code].count("write") == 4 and tried[code].count("fsync") == 10
