@@ -231,7 +231,7 @@ class GraphedSteps:
         graph.replay()
 
 
-@torch.no_grad()
+@torch.inference_mode()
 def generate(model: Qwen2, prompts: Sequence[Sequence[int]], uniforms: Tensor, end_ids: Sequence[int],
              vocabulary: int, sampling: Sampling, cache_bytes: float = math.inf, compact: bool = True,
              graphs: bool = True, on_tokens: Callable[[int], object] = lambda count: None) -> list[Answer]:
