@@ -167,12 +167,23 @@ def wait_until_caught(pid: int, number: signal.Signals) -> None:
         time.sleep(0.001)
 
 
+def wait_until_worked(pid: int, ticks: int) -> None:
+    """Wait until a process has used so much more processor time, in hundredths of a second."""
+    def used() -> int:
+        return sum(map(int, Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[11:13]))
+
+    began = used()
+    while used() < began + ticks:
+        time.sleep(0.001)
+
+
 def test_a_second_signal_ends_it_at_once(alone, run):
     """An answer that takes minutes to sample kept the person who pressed Ctrl-C waiting; what is saved must survive."""
     held = tree(run / "checkpoints")
     with process("--config", f"{run}/config.yml", "--resume", str(run), "rollout.group_size=128",
                  "rollout.max_new_tokens=256") as stopped:
-        wait_until_caught(stopped.pid, signal.SIGTERM)  # from here on it samples, for seconds
+        wait_until_caught(stopped.pid, signal.SIGTERM)
+        wait_until_worked(stopped.pid, 50)  # a signal before the sampling, which takes seconds, would just end the run
         stopped.send_signal(signal.SIGINT)
         wait_for(stopped.stderr, "stopping:")
         stopped.send_signal(signal.SIGINT)
