@@ -171,7 +171,8 @@ class Interrupts:
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         self.asked = number
-        self.__exit__(None, None, None)
+        for each in self._before:  # not as before: a shell has background jobs ignore Ctrl-C
+            signal.signal(each, signal.default_int_handler)
         os.write(2, b"\nstopping: finishing this phase, then saving; once more to stop at once\n")  # print may be busy
 
 
