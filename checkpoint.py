@@ -5,8 +5,8 @@
 
 A folder is written as NAME.partial and gets its name when every byte of it is on the disk, so a process that dies while
 saving leaves nothing that could be mistaken for a checkpoint. state.json holds a checksum of every file: a flipped bit
-or a file from another step is found before training goes on with it. All of it is safetensors and JSON: loading a
-checkpoint can run no code.
+or a file from another step is found before training continues. All of it is safetensors and JSON: loading a checkpoint
+can run no code.
 
 Resuming is exact because there is little state: weights, the optimizer's tensors, and a `Progress`. Random generators
 have none (train.py makes one for each seed, purpose and step), and the learning rate follows from the step.
@@ -14,130 +14,60 @@ have none (train.py makes one for each seed, purpose and step), and the learning
 Left out: saving in the background, and less than everything (a 3B checkpoint is 25 GB: mind checkpoint.every and keep).
 """
 
+import hashlib
 import json
 import os
 import shutil
-import sys
-import zlib
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+import time
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
-from safetensors import safe_open
-
-from data_types import Config, UserError, load_config
+from config import load_config
+from data_types import Config, Progress, UserError
+from files import PARTIAL, atomic_folder, checksum, listed, read_json, remove_folder, write_json
+from logbook import say
 from memory import GIB
-from model_folder import listed, read_header, save_model, save_tensors, write_json, writing
+from model_folder import read_header, read_tensor, save_model, save_tensors
 from optimizer import AdamW
 from qwen2_model import Qwen2
-from tokenizer import read_json
 
-STATE, PARTIAL = "state.json", ".partial"
+STATE, VERSION = "state.json", 2
 FIXED = ("model.path", "model.revision", "model.dtype", "data.", "train.seed", "train.optimizer")  # within a run
 
 
-@dataclass
-class Progress:
-    """How far a run is: what a resumed run needs to know besides the tensors."""
+def save_checkpoint(
+    run_folder: Path, policy: Qwen2, small_files: dict[str, bytes], optimizer: AdamW, progress: Progress, config: Config
+) -> None:
+    """Save the run's state as of `progress`, then remove all but the newest `checkpoint.keep` checkpoints.
 
-    step: int = 0  # steps that are done
-    drawn: int = 0  # training problems drawn so far
-    optimizer_steps: int = 0  # fewer than steps where one was skipped, more with several updates a batch
-    skipped_in_a_row: int = 0
-    best: float = 0.0  # held-out success, of all evaluations
-    before: dict[str, float] | None = None  # the evaluation before training, and after it
-    after: dict[str, float] | None = None
-    files: dict[str, int] = field(default_factory=dict)  # bytes of metrics.jsonl and samples.txt that belong to it
-
-
-@contextmanager
-def appearing(folder: Path) -> Iterator[Path]:
-    """A folder to fill, which takes the place of `folder` once it is whole and on the disk; else nothing changes."""
-    partial = folder.with_name(folder.name + PARTIAL)
-    shutil.rmtree(partial, ignore_errors=True)
-    try:
-        with writing(partial):
-            yield partial
-            for path in (*partial.iterdir(), partial):
-                flush(path)
-            if folder.exists():
-                shutil.rmtree(folder)
-            partial.rename(folder)
-            flush(folder.parent)
-            flush(folder.parent.parent)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)  # where it has been renamed, there is none
-
-
-@contextmanager
-def reported(what: str) -> Iterator[None]:
-    """What cannot be saved is told, and does not stop training."""
-    try:
-        yield
-    except UserError as error:
-        print(f"warning: {what} could not be saved: {error}; training goes on", file=sys.stderr, flush=True)
-
-
-def flush(path: Path) -> None:
-    """Wait until a file, or the names in a folder, are on the disk and no longer only in memory."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def checksum(path: Path) -> int:
-    """CRC-32 of a file."""
-    value = 0
-    with open(path, "rb") as file:
-        while block := file.read(2**22):
-            value = zlib.crc32(block, value)
-    return value
-
-
-def text_checksum(content: dict) -> int:
-    return zlib.crc32(json.dumps(content, sort_keys=True).encode())
-
-
-def save_checkpoint(run_folder: Path, policy: Qwen2, source: Path, optimizer: AdamW, progress: Progress,
-                    keep: int) -> None:
-    """Save the run's state as of `progress`, then remove all but the newest `keep` checkpoints.
-
-    `source` is the model folder that training began with: its tokenizer's files go along, so that a checkpoint is a
-    model to use. Raises UserError when there is no room or something cannot be written; no older checkpoint is lost.
+    Raises UserError when there is no room or something cannot be written; no older checkpoint is lost.
     """
     folder = run_folder / "checkpoints" / f"step-{progress.step:06d}"
-    needed = sum(tensor.nbytes for tensor in (*policy.hf_tensors().values(), *optimizer.tensors().values()))
-    free = shutil.disk_usage(run_folder).free
     if folder.exists():
         return  # and so complete: a run stopped right after it was saved
+    needed = sum(tensor.nbytes for tensor in (*policy.hf_tensors().values(), *optimizer.tensors().values()))
+    free = shutil.disk_usage(run_folder).free
     if free < 1.01 * needed:
-        raise UserError(f"{folder}: needs {needed / GIB:.2f} GiB and the disk has {free / GIB:.2f} GiB left: "
-                        "free some, or set output.folder to another disk")
-    with appearing(folder) as partial:
-        save_model(policy, source, partial)
+        raise UserError(f"{folder}: needs {needed / GIB:.2f} GiB, and the disk has {free / GIB:.2f} left: free some")
+    with atomic_folder(folder) as partial:
+        save_model(policy, small_files, partial)
         save_tensors(optimizer.tensors(), partial, "optimizer")
         files = {path.name: checksum(path) for path in sorted(partial.iterdir())}
-        state = {"progress": asdict(progress), "files": files}
-        write_json(partial / STATE, {**state, "checksum": text_checksum(state)})
-    remove(saved(run_folder)[:-keep])
+        state = {"version": VERSION, "progress": asdict(progress), "files": files}
+        write_json(partial / STATE, {**state, "checksum": state_checksum(state)})
+    for old in saved(run_folder)[: -config.checkpoint.keep]:
+        remove_folder(old)
 
 
-def save_best(run_folder: Path, policy: Qwen2, source: Path, step: int) -> None:
+def save_best(run_folder: Path, policy: Qwen2, small_files: dict[str, bytes], step: int) -> None:
     """Save the weights as the best so far, in place of the earlier best."""
     folder = run_folder / "checkpoints" / f"best-{step:06d}"
-    with appearing(folder) as partial:
-        save_model(policy, source, partial)
-    remove([earlier for earlier in saved(run_folder, "best") if earlier != folder])
-
-
-def remove(folders: list[Path]) -> None:
-    """Remove checkpoints; renamed first, so that one half removed is none."""
-    for folder in folders:
-        with writing(folder):
-            shutil.rmtree(folder.rename(folder.with_name(folder.name + PARTIAL)))
+    with atomic_folder(folder) as partial:
+        save_model(policy, small_files, partial)
+    for old in saved(run_folder, "best"):
+        if old != folder:
+            remove_folder(old)
 
 
 def saved(run_folder: Path, kind: str = "step") -> list[Path]:
@@ -145,32 +75,24 @@ def saved(run_folder: Path, kind: str = "step") -> list[Path]:
     return sorted((run_folder / "checkpoints").glob(f"{kind}-" + "[0-9]" * 6))
 
 
+def state_checksum(state: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(state, sort_keys=True).encode()).hexdigest()
+
+
 def read_progress(folder: Path) -> Progress:
     """The Progress of a checkpoint whose files are all as they were saved; else UserError names those that are not."""
     try:
-        content = read_json(folder / STATE)
+        state = read_json(folder / STATE)
     except UserError:
-        content = {}
-    state = {key: value for key, value in content.items() if key != "checksum"}
-    intact = content.get("checksum") == text_checksum(state) and isinstance(state.get("files"), dict)
+        state = {}
+    intact = state.pop("checksum", None) == state_checksum(state)
     files = state["files"] if intact else {STATE: None}
-    changed = [name for name, value in files.items()
-               if value is None or not (folder / name).is_file() or checksum(folder / name) != value]
+    changed = [name for name in files if not (folder / name).is_file() or checksum(folder / name) != files[name]]
     if changed:
-        raise UserError(f"{folder}: not as it was saved: {listed(changed)}; remove this folder to go on from the "
-                        "checkpoint before it")
-    try:
-        progress = Progress(**state["progress"])
-        counts = (progress.step, progress.drawn, progress.optimizer_steps, progress.skipped_in_a_row,
-                  *progress.files.values())
-        sound = (asdict(progress).keys() == state["progress"].keys() and type(progress.best) is float
-                 and all(type(count) is int and count >= 0 for count in counts)
-                 and all(isinstance(evaluation, dict | None) for evaluation in (progress.before, progress.after)))
-    except (KeyError, TypeError, AttributeError):
-        sound = False
-    if not sound:
-        raise UserError(f"{folder / STATE}: written by another version of this program; go on with that one")
-    return progress
+        raise UserError(f"{folder}: not as it was saved: {listed(changed)}; remove it to resume from the one before it")
+    if state.get("version") != VERSION:
+        raise UserError(f"{folder}: written by another version of this program; resume with that one")
+    return Progress(**state["progress"])
 
 
 def load_optimizer(folder: Path, optimizer: AdamW, progress: Progress) -> None:
@@ -180,56 +102,71 @@ def load_optimizer(folder: Path, optimizer: AdamW, progress: Progress) -> None:
     if files.keys() != tensors.keys():
         raise UserError(f"{folder}: its optimizer state is not that of train.optimizer {optimizer.mode}")
     for name, path in files.items():
-        with safe_open(path, framework="pt") as file:  # anew for each, as model_folder.load_model does and says why
-            tensors[name].copy_(file.get_tensor(name))
+        tensors[name].copy_(read_tensor(path, name))
     optimizer.steps = progress.optimizer_steps
 
 
-def find_run(config: Config, resume: str) -> Path:
-    """The folder that --resume names; "latest" is the run in output.folder that wrote its metrics last."""
-    if resume == "latest":
-        found = Path(config.output.folder).glob("*/metrics.jsonl") if os.path.isdir(config.output.folder) else []
-        runs = sorted(found, key=lambda path: path.stat().st_mtime)
-        if not runs:
-            raise UserError(f"--resume latest: {config.output.folder} holds no run; check output.folder")
-        return runs[-1].parent
-    if not os.path.isfile(os.path.join(resume, "config.yml")):
-        raise UserError(f"--resume {resume}: no run there (a run's folder holds config.yml)")
-    return Path(resume)
+# ---- New runs and resumed ones -------------------------------------------------------------------------------------
 
 
-def start_again(run_folder: Path, config: Config) -> tuple[Path | None, Progress]:
-    """Make a run's folder ready to go on under `config`; returns its newest checkpoint, if there is one, and Progress.
+def new_run_folder(config: Config, name: str | None) -> Path:
+    """Where a new run is written: `output.folder`/`name` (default: the time). UserError if something is there."""
+    name = name or time.strftime("%Y-%m-%d_%H-%M-%S")
+    if Path(name).name != name or name == ".." or not name.isprintable():
+        raise UserError(f"--name {name}: must be a plain name, for a folder in {config.output.folder}")
+    folder = Path(config.output.folder) / name
+    started = {"config.yml", "config.yml" + PARTIAL}  # all that a run killed at its very start leaves
+    if os.path.lexists(folder) and (not folder.is_dir() or set(os.listdir(folder)) - started):
+        raise UserError(f"{folder} is already there: continue it with --resume {folder}, or choose another --name")
+    return folder
 
-    What a killed run had half written is removed. Raises UserError when the config or the checkpoint is not this run's.
+
+def find_run(name: str, overrides: list[str]) -> Path:
+    """The folder of a run: a path, the name of a run, or "latest": the one that wrote its metrics last.
+
+    Names are looked for in `runs`, or in the output.folder among the overrides.
     """
-    check_changes(load_config(str(run_folder / "config.yml")), config)
+    folders = [override.partition("=")[2] for override in overrides if override.startswith("output.folder=")]
+    folder = Path((folders or ["runs"])[-1])
+    if name == "latest":
+        runs = sorted(folder.glob("*/metrics.jsonl"), key=lambda path: path.stat().st_mtime)
+        if not runs:
+            raise UserError(f"--resume latest: {folder} holds no run; add output.folder=FOLDER if it is another")
+        return runs[-1].parent
+    for found in (Path(name), folder / name):  # not every folder with a config.yml is a run's
+        if name and all(os.path.isfile(found / file) for file in ("config.yml", "metrics.jsonl")):
+            return found
+    raise UserError(f"--resume {name}: no run there, nor in {folder} (a run has a config.yml and a metrics.jsonl)")
+
+
+def prepare_resume(run_folder: Path, config: Config) -> tuple[Path | None, Progress]:
+    """A run's newest checkpoint, if there is one, and its Progress; what a killed run had half written is removed.
+
+    Raises UserError when the config or the checkpoint is not this run's.
+    """
+    check_changes(load_config(run_folder / "config.yml"), config)
     newest = next(iter(saved(run_folder)[::-1]), None)
     if not newest and (run_folder / "final").exists():
-        raise UserError(f"{run_folder}: has ended and kept no checkpoint; to train its model on, start another run "
-                        f"with model.path={run_folder / 'final'}")
+        raise UserError(f"{run_folder}: has ended without a checkpoint; train on with model.path={run_folder}/final")
     progress = read_progress(newest) if newest else Progress()
     if progress.step > config.train.steps:
-        raise UserError(f"{newest}: is {progress.step} steps on, and train.steps is {config.train.steps}; "
-                        "raise it to go on")
+        raise UserError(f"{newest}: is {progress.step} steps on, and train.steps is {config.train.steps}; raise it")
     for name, size in progress.files.items():
-        if not os.path.isfile(run_folder / name) or os.path.getsize(run_folder / name) < size:
-            raise UserError(f"{run_folder / name}: shorter than the {size} bytes it had at the checkpoint; "
-                            "put it back to resume")
+        path = run_folder / name
+        if not path.is_file() or path.stat().st_size < size:
+            raise UserError(f"{path}: shorter than the {size} bytes it had at the checkpoint; put it back to resume")
     for left in (*run_folder.glob(f"*{PARTIAL}"), *run_folder.glob(f"checkpoints/*{PARTIAL}")):
         shutil.rmtree(left, ignore_errors=True)
-    print(f"resuming from {newest}" if newest else f"{run_folder} has no checkpoint yet: starting it anew", flush=True)
+    say(f"resuming from {newest}" if newest else f"{run_folder} has no checkpoint yet: starting it anew")
     return newest, progress
 
 
 def check_changes(old: Config, new: Config) -> None:
     """Say which settings differ from those the run had; UserError for one that would make it another run."""
-    values = [{f"{section}.{key}": value for section, keys in asdict(config).items() for key, value in keys.items()}
-              for config in (old, new)]
-    changed = [(name, was, values[1][name]) for name, was in values[0].items() if was != values[1][name]]
-    for name, was, now in changed:
+    was, now = ({f"{s}.{k}": v for s, keys in asdict(config).items() for k, v in keys.items()} for config in (old, new))
+    changed = [name for name in now if now[name] != was[name]]
+    for name in changed:
         if name.startswith(FIXED):
-            raise UserError(f"{name} is {now} but was {was} when this run began; it cannot change within a run: set it "
-                            "back, or start another run with --name")
-    for name, was, now in changed:
-        print(f"resuming with {name} {now}, which was {was}", flush=True)
+            raise UserError(f"{name} is {now[name]} but was {was[name]}: set it back, or start another run with --name")
+    for name in changed:
+        say(f"resuming with {name} {now[name]}, which was {was[name]}")

@@ -5,7 +5,7 @@ Finding an expression takes search, arithmetic and checking; judging one takes t
 is all the reward this trainer needs: no reward model, no judge, no labelled steps.
 
     question_text, ASSISTANT_PREFIX     how a problem is put to the model
-    grade                               an answer's Reward: format 0.1, correctness 1.0
+    grade                               a response's Reward: format 0.1, correctness 1.0
     load_problems                       problems from parquet files and hub data
     split_problems, problem_order       what is held out, and in which order the rest is trained on
 
@@ -22,17 +22,16 @@ import os
 import random
 import re
 import string
-from collections.abc import Sequence
 from fractions import Fraction
 from pathlib import Path
 
 import numpy
 import pandas
 
-from data_types import Problem, Reward, UserError
+from data_types import DataSettings, Problem, Reward, UserError
 from hub import HUB_ID, download, one_line
 
-# ---------------------------------------------------------------------------------------------- the question
+# ---- The question ----------------------------------------------------------------------------------------------------
 
 # Opens the assistant's turn and is part of the prompt: what the model samples goes on right after `<think>`.
 ASSISTANT_PREFIX = "Let me solve this step by step.\n<think>"
@@ -44,13 +43,15 @@ def question_text(problem: Problem) -> str:
     The problem stands in one piece and no other digit is in the text, so that a small tokenizer trained on it
     can make few tokens of the rest. Every model, tiny or large, is asked in the same words.
     """
-    return (f"Use the numbers {list(problem.numbers)} to reach the target {problem.target}. Write one expression "
-            "with the operations + - * / and parentheses in which each number stands exactly once. "
-            "Think inside <think> </think>, then give the final expression inside <answer> </answer>, "
-            "such as <answer> (a + b) / c </answer> with numbers for the letters.")
+    return (
+        f"Use the numbers {list(problem.numbers)} to reach the target {problem.target}. Write one expression "
+        "with the operations + - * / and parentheses in which each number stands exactly once. "
+        "Think inside <think> </think>, then give the final expression inside <answer> </answer>, "
+        "such as <answer> (a + b) / c </answer> with numbers for the letters."
+    )
 
 
-# ------------------------------------------------------------------------------------------------ the reward
+# ---- The reward ------------------------------------------------------------------------------------------------------
 
 TAG = re.compile(r"</?(?:think|answer)>")
 TAGS_IN_ORDER = ["<think>", "</think>", "<answer>", "</answer>"]
@@ -58,22 +59,22 @@ WHITE_SPACE = re.compile(r"\s+", re.ASCII)
 EXPRESSION_ALPHABET = re.compile(r"[0-9+\-*/()\s]*", re.ASCII)
 TOKEN = re.compile(r"[0-9]+|[-+*/()]")
 MAX_EXPRESSION_LENGTH = 500  # characters; six numbers need some 50
-MAX_EXPRESSION_DEPTH = 20  # brackets inside brackets; six numbers need five
+MAX_EXPRESSION_DEPTH = 20  # parentheses inside parentheses; six numbers need five
 
 
-def grade(response: str, ended: bool, problem: Problem) -> Reward:
+def grade(response: str, truncated: bool, problem: Problem) -> Reward:
     """Grade what was sampled after `ASSISTANT_PREFIX` (the whole answer is "<think>" + response).
 
-    `ended` says whether the end token was sampled (it is not part of `response`); if not, the answer was cut
-    off. Never raises, whatever the text, and takes time linear in its length.
+    `truncated` says whether the length limit cut it; the end token is not part of `response`. Never raises, whatever
+    the text, and takes time linear in its length.
     """
     text = "<think>" + response
-    # Each tag once and in this order, or the answer earns nothing: a second answer, a tag inside another's
-    # block or an answer given while still thinking are ways to hedge, and hedging must not pay.
+    # Each tag once and in this order, or the response earns nothing: a second answer, a tag inside another's block or
+    # an answer given while still thinking are ways to hedge, and hedging must not pay.
     if TAG.findall(text) != TAGS_IN_ORDER:
         return Reward(format=0.0, correct=0.0)
     _, _thoughts, between, answer, after = TAG.split(text)
-    well_formed = ended and WHITE_SPACE.fullmatch(between) is not None and after == ""
+    well_formed = not truncated and WHITE_SPACE.fullmatch(between) is not None and after == ""
     return Reward(format=0.1 if well_formed else 0.0, correct=1.0 if _is_solution(answer, problem) else 0.0)
 
 
@@ -85,12 +86,12 @@ def _is_solution(answer: str, problem: Problem) -> bool:
     return evaluate_expression(expression, problem.numbers) == problem.target
 
 
-def evaluate_expression(text: str, numbers: Sequence[int]) -> Fraction | None:
+def evaluate_expression(text: str, numbers: tuple[int, ...]) -> Fraction | None:
     """The exact value of an expression that uses each of `numbers` exactly once, or None for any other text.
 
-        sum     = product (("+" | "-") product)*
-        product = factor (("*" | "/") factor)*
-        factor  = ["+" | "-"] (number | "(" sum ")")
+    sum     = product (("+" | "-") product)*
+    product = factor (("*" | "/") factor)*
+    factor  = ["+" | "-"] (number | "(" sum ")")
     """
     text = text.strip(string.whitespace)
     if len(text) > MAX_EXPRESSION_LENGTH or not EXPRESSION_ALPHABET.fullmatch(text):
@@ -100,7 +101,7 @@ def evaluate_expression(text: str, numbers: Sequence[int]) -> Fraction | None:
     # was not given, so neither 9999999999 nor 007 nor a seventh operand can cost anything.
     if sorted(token for token in tokens if token.isdigit()) != sorted(str(number) for number in numbers):
         return None
-    stack = [""] + tokens[::-1]  # the next token is stack[-1]; "" marks the end, so looking is always safe
+    stack = ["", *tokens[::-1]]  # the next token is stack[-1]; "" marks the end, so looking is always safe
     try:
         value = _sum(stack, depth=0)
     except (SyntaxError, ZeroDivisionError):
@@ -134,92 +135,84 @@ def _factor(stack: list[str], depth: int) -> Fraction:
     if token.isdigit():
         return Fraction(sign * int(token))
     if token != "(" or depth == MAX_EXPRESSION_DEPTH:
-        raise SyntaxError("neither a number nor a bracket that may open here")
+        raise SyntaxError("neither a number nor a parenthesis that may open here")
     value = _sum(stack, depth + 1)
     if stack.pop() != ")":
-        raise SyntaxError("an open bracket")
+        raise SyntaxError("an open parenthesis")
     return sign * value
 
 
-# ------------------------------------------------------------------------------------- problems from parquet
+# ---- Problems from parquet -------------------------------------------------------------------------------------------
 
 MAX_NUMBER = 1_000_000  # of a problem's numbers and its target; more is a mistake in the data, not a puzzle
 
 
-def load_problems(path: str, revision: str | None = None, number_counts: Sequence[int] = (),
-                  target_low: int | None = None, target_high: int | None = None) -> list[Problem]:
-    """Problems of a parquet file, of all parquet files in a folder, or of a hub data set ("owner/name").
+def load_problems(data: DataSettings) -> list[Problem]:
+    """The problems of a parquet file, of all parquet files in a folder, or of a hub data set ("owner/name").
 
-    The files hold the columns `nums` (lists of 2 to 6 positive integers) and `target` (positive integers).
-    Rows that break this are dropped, counted and named. `revision` is for the hub only. The filters
-    keep problems with one of `number_counts` numbers (empty: any) and a target from `target_low` to
-    `target_high`. Raises UserError when a file cannot be read or has no good row, or no problem passes.
+    The files hold the columns `nums` (lists of 2 to 6 positive integers) and `target` (positive integers). Rows that
+    break this are dropped, counted and the first is shown. What passes the filters in `data` is kept. Raises UserError
+    when a file cannot be read or no row is left.
     """
-    problems = [problem for file in _parquet_files(path, revision) for problem in _read_parquet(file)]
-    kept = [problem for problem in problems
-            if (not number_counts or len(problem.numbers) in number_counts)
-            and (target_low is None or problem.target >= target_low)
-            and (target_high is None or problem.target <= target_high)]
+    problems = [problem for file in _parquet_files(data) for problem in _read_parquet(file)]
+    low, high = data.target_low or 1, data.target_high or MAX_NUMBER
+    counts = data.number_counts or range(MAX_NUMBER)
+    kept = [problem for problem in problems if len(problem.numbers) in counts and low <= problem.target <= high]
     if not kept:
-        raise UserError(f"{path}: none of its {len(problems)} problems passes the filters: widen data.number_counts "
-                        f"({list(number_counts)}), data.target_low ({target_low}) or data.target_high ({target_high})")
+        filters = "data.number_counts, data.target_low or data.target_high"
+        raise UserError(f"{data.path}: none of its {len(problems)} problems passes the filters: widen {filters}")
     return kept
 
 
-def _parquet_files(path: str, revision: str | None) -> list[Path]:
+def _parquet_files(data: DataSettings) -> list[Path]:
+    path = Path(data.path)
     if os.path.isfile(path):
-        return [Path(path)]
-    if os.path.isdir(path):
-        folder = Path(path)
-    elif HUB_ID.fullmatch(path) and not path.endswith(".parquet"):
-        folder = download("data", path, revision, ["*.parquet"])
-    else:
-        raise UserError(f"{path}: no such file or folder, nor a hub data set (owner/name): set data.path")
-    files = sorted(file for file in folder.rglob("*.parquet") if file.is_file())
+        return [path]
+    if not os.path.isdir(path):
+        if not HUB_ID.fullmatch(data.path) or path.suffix == ".parquet":
+            raise UserError(f"{path}: no such file or folder, nor a hub data set (owner/name): set data.path")
+        path = download("data", data.path, data.revision, ["*.parquet"])
+    files = sorted(file for file in path.rglob("*.parquet") if file.is_file())
     if not files:
-        raise UserError(f"{path}: holds no .parquet file: give a file, a folder or a data set that has one")
+        raise UserError(f"{data.path}: holds no .parquet file: give a file, a folder or a data set that has one")
     return files
 
 
 def _read_parquet(file: Path) -> list[Problem]:
     try:
         table = pandas.read_parquet(file, columns=["nums", "target"])
+        rows = list(zip(table["nums"].tolist(), table["target"].tolist(), strict=True))
     except Exception as error:  # a damaged file comes out as almost any kind of error
-        raise UserError(f"{file}: not a readable parquet file with columns 'nums' and 'target' "
-                        f"({one_line(error)})") from error
-    problems, faults = [], []
-    for row, (numbers, target) in enumerate(zip(table["nums"].tolist(), table["target"].tolist(), strict=True)):
-        try:
-            problems.append(_problem_from_row(numbers, target))
-        except ValueError as error:
-            faults.append(f"row {row}: {error}")
-    reasons = "; ".join(faults[:3])
+        raise UserError(f"{file}: not a parquet file with columns nums and target ({one_line(error)})") from error
+    found = [_problem_from_row(row) for row in rows]
+    problems = [problem for problem in found if problem]
+    bad = f"row {found.index(None)}, {rows[found.index(None)]!a:.80}" if None in found else "no row"
     if not problems:
-        raise UserError(f"{file}: holds no problem: {reasons or 'it has no rows'}")
-    if faults:
-        print(f"{file}: dropped {len(faults)} of {len(table)} rows: {reasons}", flush=True)
+        rule = f"nums must be 2 to 6 whole numbers from 1 to {MAX_NUMBER:,}, and target another"
+        raise UserError(f"{file}: holds no problem: {rule}; found {bad}")
+    if len(problems) < len(rows):
+        # as a UserError: one line without control characters, whatever the file's name and its rows
+        print(UserError(f"{file}: dropped {len(rows) - len(problems)} of {len(rows)} rows, such as {bad}"), flush=True)
     return problems
 
 
-def _problem_from_row(numbers: object, target: object) -> Problem:
-    """Raises ValueError that says what is wrong with the row."""
+def _problem_from_row(row: tuple[object, object]) -> Problem | None:
+    """The problem of a row of parquet, None where it is not one."""
+    numbers, target = row
     if not isinstance(numbers, numpy.ndarray) or not 2 <= len(numbers) <= 6:
-        raise ValueError(f"nums is not a list of 2 to 6 numbers but {ascii(numbers):.60}")
-    return Problem(tuple(_whole_number(n, "nums") for n in numbers.tolist()), _whole_number(target, "target"))
+        return None
+    values = [*numbers.tolist(), target]
+    # one empty cell is enough for pandas to read a whole column as floats
+    values = [int(value) if isinstance(value, float) and value.is_integer() else value for value in values]
+    if not all(type(value) is int and 1 <= value <= MAX_NUMBER for value in values):
+        return None
+    return Problem(tuple(values[:-1]), values[-1])
 
 
-def _whole_number(value: object, column: str) -> int:
-    if isinstance(value, float) and value.is_integer():
-        value = int(value)  # one empty cell is enough for pandas to read a whole column as floats
-    if type(value) is not int or not 1 <= value <= MAX_NUMBER:
-        raise ValueError(f"{column} holds {ascii(value):.60}, not a whole number from 1 to {MAX_NUMBER:,}")
-    return value
+# ---- The split and the order -----------------------------------------------------------------------------------------
 
 
-# ------------------------------------------------------------------------------------ the split and the order
-
-
-def split_problems(problems: Sequence[Problem], held_out: int) -> tuple[list[Problem], list[Problem]]:
+def split_problems(problems: list[Problem], held_out: int) -> tuple[list[Problem], list[Problem]]:
     """Split into (train, held out): `held_out` different problems of which training has no copy.
 
     Rows with the same target and the same numbers in any order are one problem, named by its key. Keys are
@@ -232,8 +225,8 @@ def split_problems(problems: Sequence[Problem], held_out: int) -> tuple[list[Pro
         if problem.numbers < twin.numbers:
             by_key[_key(problem)] = problem
     if len(by_key) <= held_out:
-        raise UserError(f"{len(by_key)} different problems are too few to hold out {held_out} and train on the rest: "
-                        "lower data.held_out, widen the data's filters or use more data")
+        cures = "lower data.held_out, widen the data's filters or use more data"
+        raise UserError(f"{len(by_key)} different problems are too few to hold out {held_out} of them: {cures}")
     chosen = sorted(by_key, key=lambda key: hashlib.sha256(key.encode()).digest())[:held_out]
     taken = set(chosen)
     return [p for p in problems if _key(p) not in taken], [by_key[key] for key in chosen]

@@ -1,4 +1,4 @@
-"""Makes `tiny/`: a genuine Qwen2.5 checkpoint, small enough for a laptop, from nothing.
+"""Makes `tiny/`: a tiny model with the Qwen2 architecture, small enough for a laptop, trained from scratch.
 
 A byte-level BPE is trained on the texts of the task, then a small Qwen2 is trained, supervised, on reasoning traces
 that a program writes. A trace tries combinations, one a line, and says of each whether it hits the target:
@@ -9,15 +9,15 @@ that a program writes. A trace tries combinations, one a line, and says of each 
     <answer>(12-7)*3</answer>
 
 Traces are honest: a line says `yes` exactly when it reaches the target. And they are impatient: most give up after a
-few misses and answer with their last try. So the model writes the right form and does its sums, but solves only some
-of the problems. What is missing, patience and better tries, is left to GRPO (train.py --config config_tiny.yml).
+few misses and answer with their last try. So the model learns the format and gets the arithmetic right, but solves only
+some of the problems. What is missing, patience and better tries, is left to GRPO (train.py --config config_tiny.yml).
 
-The lesson has two parts. In the first the traces are patient and try at random, which is where the arithmetic, the
-checking and the habit of not repeating a try are learnt: a trace that soon hits would teach to write whatever number
-makes it hit. In the second they are impatient, and better at choosing.
+There are two lessons. In the first the traces are patient and try at random: here the model learns the arithmetic, the
+checking and not to repeat a try. (A trace that soon hits would teach it to write whatever number makes it hit.) In the
+second they are impatient, and choose better.
 
-    python make_tiny.py                              # writes tiny/ anew; the same bits on the same machine
-    python make_tiny.py --examine runs/NAME/final    # how a model folder answers: sums, honesty, length
+    python make_tiny.py                              # writes tiny/ again; the same bits on the same machine
+    python make_tiny.py --examine runs/NAME/final    # how a model responds: arithmetic, honesty, length
 
 Held-out problems never enter a trace; tiny/sft_problems.parquet lists those that did.
 """
@@ -39,10 +39,12 @@ from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers, tra
 from tokenizers import Tokenizer as BytePairTokenizer
 
 from countdown_task import ASSISTANT_PREFIX, grade, question_text, split_problems
-from data_types import Problem
-from model_folder import load_model, save_weights, write_json
-from qwen2_model import Qwen2, Qwen2Config, head_logits
-from rollout import Sampling, generate
+from data_types import Problem, Sampling
+from files import write_json
+from logbook import printable
+from model_folder import load_model, save_weights
+from qwen2_model import Qwen2, Qwen2Config
+from rollout import Sampler
 from tokenizer import Tokenizer
 
 HELD_OUT = 512
@@ -54,7 +56,7 @@ CHAT_TEMPLATE = (
 
 
 def generate_problems(count: int, low: int, high: int, target_low: int, target_high: int) -> list[Problem]:
-    """Every solvable problem with `count` numbers of low..high (repeats allowed) and a target of the range.
+    """Every solvable problem with `count` numbers from low to high (repeats allowed) and a target in the range.
 
     In a fixed order: by numbers, which are sorted, then by target.
     """
@@ -90,16 +92,16 @@ class Lesson:
     """How the traces of one part of the training are written."""
 
     steps: int
-    rows: int  # traces a step
+    rows: int  # traces per step
     orderly: float  # share of traces that go through the first operations in order, each with its best second one
     guided: float  # in the other traces: share of tries that are a solution, as if guessed,
     sensible: float  # share that have the best second operation for a random first one; the rest are random
-    patience: tuple[float, ...]  # shares of traces that give up after 1, 2, 3, ... misses; what is left tries 14 times
+    patience: tuple[float, ...]  # shares of traces that give up after 1, 2, 3, ... misses; the others after 14
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """Every choice that shapes the checkpoint; found by the experiments in LOG.md."""
+    """Every choice that shapes the model; found by the experiments in LOG.md."""
 
     seed: int = 0
     learning_rate: float = 2.5e-3
@@ -158,8 +160,10 @@ def write_trace(problem: Problem, lesson: Lesson, rng: random.Random) -> str:
     lines: list[str] = []
     hit = False
     while left and len(lines) < patience and not hit:
-        chosen = best_second(left, left[0].first, problem.target) if orderly else choose_try(
-            left, problem.target, lesson, rng)
+        if orderly:
+            chosen = best_second(left, left[0].first, problem.target)
+        else:
+            chosen = choose_try(left, problem.target, lesson, rng)
         # an orderly search is done with a first operation once its best try has missed
         left = [t for t in left if t.first != chosen.first] if orderly else [t for t in left if t != chosen]
         hit = chosen.value == problem.target
@@ -168,7 +172,7 @@ def write_trace(problem: Problem, lesson: Lesson, rng: random.Random) -> str:
 
 
 def choose_try(left: list[Try], target: int, lesson: Lesson, rng: random.Random) -> Try:
-    """The next of the tries that are left."""
+    """The next try, among those that are left."""
     kind = rng.random()
     hits = [t for t in left if t.value == target]
     if hits and kind < lesson.guided:
@@ -179,7 +183,7 @@ def choose_try(left: list[Try], target: int, lesson: Lesson, rng: random.Random)
 
 
 def best_second(left: list[Try], first: str, target: int) -> Try:
-    """Of the tries that begin with `first`, the one that comes nearest to the target."""
+    """Of the tries that begin with `first`, the one closest to the target."""
     return min((t for t in left if t.first == first), key=lambda t: abs(t.value - target))
 
 
@@ -187,10 +191,10 @@ def best_second(left: list[Try], first: str, target: int) -> Try:
 
 
 def write_tokenizer(problems: list[Problem], recipe: Recipe, folder: Path) -> Tokenizer:
-    """Train and save a byte-level BPE as in Qwen2.5, digits single, with one difference: merges may cross words.
+    """Train and save a byte-level BPE as in Qwen2.5, one token per digit, but with merges that may cross words.
 
     So the fixed wording of the prompt becomes a handful of tokens, and a prompt has about 20. (transformers reads it
-    with PreTrainedTokenizerFast; AutoTokenizer would put Qwen's word splitting in its place.)
+    with PreTrainedTokenizerFast; AutoTokenizer would replace it by Qwen's word splitting.)
     """
     rng = random.Random(recipe.seed)
     texts = []
@@ -199,19 +203,28 @@ def write_tokenizer(problems: list[Problem], recipe: Recipe, folder: Path) -> To
         texts.append(write_trace(problem, recipe.lessons[0], rng))
     bpe = BytePairTokenizer(models.BPE())
     bpe.normalizer = normalizers.NFC()
-    bpe.pre_tokenizer = pre_tokenizers.Sequence([
-        pre_tokenizers.Split(Regex(r"\p{N}"), behavior="isolated"),
-        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-    ])
+    bpe.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(r"\p{N}"), behavior="isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
     bpe.decoder = decoders.ByteLevel()
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    bpe.train_from_iterator(texts, trainers.BpeTrainer(
-        vocab_size=len(alphabet) + recipe.merges, initial_alphabet=alphabet, show_progress=False))
+    bpe.train_from_iterator(
+        texts,
+        trainers.BpeTrainer(vocab_size=len(alphabet) + recipe.merges, initial_alphabet=alphabet, show_progress=False),
+    )
     bpe.add_special_tokens(SPECIAL_TOKENS)
     bpe.save(str(folder / "tokenizer.json"))
     text_end, _, turn_end = (bpe.token_to_id(token) for token in SPECIAL_TOKENS)
-    settings = {"tokenizer_class": "Qwen2Tokenizer", "eos_token": "<|im_end|>", "pad_token": "<|endoftext|>",
-                "model_max_length": 1024, "chat_template": CHAT_TEMPLATE}
+    settings = {
+        "tokenizer_class": "Qwen2Tokenizer",
+        "eos_token": "<|im_end|>",
+        "pad_token": "<|endoftext|>",
+        "model_max_length": 1024,
+        "chat_template": CHAT_TEMPLATE,
+    }
     write_json(folder / "tokenizer_config.json", settings)
     write_json(folder / "generation_config.json", {"eos_token_id": [turn_end, text_end], "pad_token_id": text_end})
     return Tokenizer(folder)
@@ -222,9 +235,19 @@ def write_tokenizer(problems: list[Problem], recipe: Recipe, folder: Path) -> To
 
 def new_model(vocabulary: int, seed: int) -> Qwen2:
     """A Qwen2 of 0.8M parameters with fresh weights: 4 layers of 128, 8 query heads on 2 kv heads of 16."""
-    config = Qwen2Config(vocab_size=vocabulary, hidden_size=128, intermediate_size=384, num_hidden_layers=4,
-                         num_attention_heads=8, num_key_value_heads=2, head_dim=16, rms_norm_eps=1e-6,
-                         rope_theta=10000.0, tie_word_embeddings=True, max_position_embeddings=1024)
+    config = Qwen2Config(
+        vocab_size=vocabulary,
+        hidden_size=128,
+        intermediate_size=384,
+        num_hidden_layers=4,
+        num_attention_heads=8,
+        num_key_value_heads=2,
+        head_dim=16,
+        rms_norm_eps=1e-6,
+        rope_theta=10000.0,
+        tie_word_embeddings=True,
+        max_position_embeddings=1024,
+    )
     model = Qwen2(config)
     generator = torch.Generator().manual_seed(seed)
     for name, weight in model.named_parameters():
@@ -238,17 +261,25 @@ def new_model(vocabulary: int, seed: int) -> Qwen2:
 
 
 def config_json(model: Qwen2, tokenizer: Tokenizer) -> dict[str, object]:
-    """The model's config.json, as transformers wants it."""
+    """The model's config.json, as transformers expects it."""
     text_end, turn_end = tokenizer.end_ids
-    return {"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", "hidden_act": "silu", **asdict(model.config),
-            "use_sliding_window": False, "bos_token_id": text_end, "eos_token_id": turn_end}
+    return {
+        "architectures": ["Qwen2ForCausalLM"],
+        "model_type": "qwen2",
+        "hidden_act": "silu",
+        **asdict(model.config),
+        "use_sliding_window": False,
+        "bos_token_id": text_end,
+        "eos_token_id": turn_end,
+    }
 
 
-def batches(tokenizer: Tokenizer, problems: list[Problem], lesson: Lesson, rng: random.Random,
-            ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Endless (tokens, targets), both (rows, T), of fresh traces; targets are -100 but at the traces' own tokens.
+def batches(
+    tokenizer: Tokenizer, problems: list[Problem], lesson: Lesson, rng: random.Random
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Endless (tokens, targets), both (rows, T), of new traces; targets are -100 except for the traces' own tokens.
 
-    Sixteen batches are drawn at once and cut by length, so that rows of one batch need little padding.
+    Sixteen batches are drawn at once and sorted by length, so that the rows of a batch need little padding.
     """
     while True:
         rows = []
@@ -273,8 +304,11 @@ def teach(model: Qwen2, tokenizer: Tokenizer, problems: list[Problem], recipe: R
     """Supervised next-token training through all lessons, the learning rate falling linearly to zero."""
     matrices = [p for p in model.parameters() if p.ndim == 2]
     others = [p for p in model.parameters() if p.ndim != 2]
-    optimizer = torch.optim.AdamW([{"params": matrices, "weight_decay": 0.05}, {"params": others, "weight_decay": 0}],
-                                  betas=(0.9, 0.98), fused=True)
+    optimizer = torch.optim.AdamW(
+        [{"params": matrices, "weight_decay": 0.05}, {"params": others, "weight_decay": 0}],
+        betas=(0.9, 0.98),
+        fused=True,
+    )
     total, step, began = sum(lesson.steps for lesson in recipe.lessons), 0, time.perf_counter()
     for number, lesson in enumerate(recipe.lessons, start=1):
         rng = random.Random(f"seed {recipe.seed}, lesson {number}")
@@ -282,8 +316,8 @@ def teach(model: Qwen2, tokenizer: Tokenizer, problems: list[Problem], recipe: R
             step += 1
             for group in optimizer.param_groups:
                 group["lr"] = recipe.learning_rate * min(step / recipe.warmup_steps, 1 - (step - 1) / total)
-            told = targets >= 0
-            loss = F.cross_entropy(head_logits(model(tokens)[told], model.head), targets[told])
+            taught = targets >= 0  # (rows, T)
+            loss = F.cross_entropy(model.logits(model(tokens)[taught]), targets[taught])
             loss.backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
@@ -298,26 +332,29 @@ LINE = re.compile(r"(\d+)([-+*/])(\d+)=(\d+), (\d+)([-+*/])(\d+)=(\d+) (yes|no)"
 
 
 def examine(model: Qwen2, tokenizer: Tokenizer, problems: list[Problem], temperature: float) -> None:
-    """Print how the model answers: success, form, how many sums are right, and how many claims are honest."""
+    """Print how the model responds: success, format, how many equations are right, how many claims are honest."""
+    model.vocabulary = len(tokenizer)
     prompts = [tokenizer.encode_prompt(question_text(problem), ASSISTANT_PREFIX) for problem in problems]
     uniforms = torch.rand(len(problems), 320, generator=torch.Generator().manual_seed(0))
-    answers = generate(model, prompts, uniforms, tokenizer.end_ids, len(tokenizer), Sampling(temperature))
-    texts = [tokenizer.decode(a.ids[:-1] if a.ended else a.ids) for a in answers]
-    rewards = [grade(t, a.ended, p) for t, a, p in zip(texts, answers, problems, strict=True)]
+    responses = Sampler(model, tokenizer.end_ids).generate(prompts, uniforms, Sampling(temperature))
+    texts = [tokenizer.decode(r.ids if r.truncated else r.ids[:-1]) for r in responses]
+    rewards = [grade(text, r.truncated, p) for text, r, p in zip(texts, responses, problems, strict=True)]
     lines = [(found, problem) for text, problem in zip(texts, problems, strict=True) for found in LINE.findall(text)]
-    sums = [right(*found[i : i + 4]) for found, _ in lines for i in (0, 4)]
+    equations = [right(*found[i : i + 4]) for found, _ in lines for i in (0, 4)]
     claims = [int(found[7]) == problem.target for found, problem in lines if found[8] == "yes"]
     denials = [int(found[7]) != problem.target for found, problem in lines if found[8] == "no"]
-    print(f"temperature {temperature:g}: success {mean([r.correct for r in rewards]):.1%}, "
-          f"format {mean([r.format > 0 for r in rewards]):.1%}, {mean([len(a.ids) for a in answers]):.0f} tokens, "
-          f"{len(lines) / len(problems):.1f} tries an answer, sums right {mean(sums):.2%}, "
-          f"`yes` true {mean(claims):.1%} of {len(claims)}, `no` true {mean(denials):.1%} of {len(denials)}")
+    print(
+        f"temperature {temperature:g}: success {mean([r.correct for r in rewards]):.1%}, "
+        f"format {mean([r.format > 0 for r in rewards]):.1%}, {mean([len(r.ids) for r in responses]):.0f} tokens and "
+        f"{len(lines) / len(problems):.1f} tries per response, equations right {mean(equations):.2%}, "
+        f"`yes` true {mean(claims):.1%} of {len(claims)}, `no` true {mean(denials):.1%} of {len(denials)}"
+    )
     for problem, text in list(zip(problems, texts, strict=True))[:2]:
-        print(f"--- {problem}\n<think>{text}")
+        print(f"--- {problem}\n<think>{printable(text)}")
 
 
 def right(a: str, sign: str, b: str, result: str) -> bool:
-    """Whether a sum that the model wrote is right."""
+    """Whether an equation that the model wrote is right."""
     x, y, z = int(a), int(b), int(result)
     return z * y == x and y != 0 if sign == "/" else z == {"+": x + y, "-": x - y, "*": x * y}[sign]
 
@@ -328,12 +365,12 @@ def mean(values: list) -> float:
 
 def write_problems(problems: list[Problem], path: Path) -> None:
     """Problems in the schema of the public data set: columns nums and target."""
-    pandas.DataFrame({"nums": [list(p.numbers) for p in problems], "target": [p.target for p in problems]}).to_parquet(
-        path, index=False)
+    columns = {"nums": [list(p.numbers) for p in problems], "target": [p.target for p in problems]}
+    pandas.DataFrame(columns).to_parquet(path, index=False)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Make the tiny checkpoint, or look at how a model answers.")
+    parser = argparse.ArgumentParser(description="Make the tiny model, or look at how a model responds.")
     parser.add_argument("--out", type=Path, default=Path("tiny"), help="the folder to write")
     parser.add_argument("--examine", type=Path, metavar="FOLDER", help="only look at the model in this folder")
     arguments = parser.parse_args()

@@ -63,54 +63,62 @@ def round_stochastically(exact: Tensor, generator: torch.Generator) -> Tensor:
     return ((exact.view(torch.int32) + noise) >> 16).to(torch.int16).view(torch.bfloat16)
 
 
-class AdamW(torch.optim.Optimizer):
+class AdamW:
     """AdamW (arXiv 1711.05101, algorithm 2) for parameters that are all fp32 or all bf16; see the table above."""
 
     def __init__(self, parameters: Iterable[torch.nn.Parameter], settings: TrainSettings) -> None:
-        super().__init__(list(parameters), {"lr": settings.learning_rate})
-        self.settings, self.mode, self.steps = settings, settings.optimizer, 0
-        self.parameters: list[torch.nn.Parameter] = self.param_groups[0]["params"]
+        self.parameters, self.settings = list(parameters), settings
+        self.mode, self.learning_rate, self.steps = settings.optimizer, settings.learning_rate, 0
         self.device = self.parameters[0].device
         self.rounding = torch.Generator(self.device)
-        if self.device.type == "cuda":
+        self.streaming = self.mode == "offload" and self.device.type == "cuda"
+        if self.streaming:
             self.inward, self.outward = torch.cuda.Stream(self.device), torch.cuda.Stream(self.device)
         for parameter in self.parameters:
             parameter.grad_dtype = torch.float32  # autograd casts and adds up in fp32
-            self.state[parameter] = self._new_state(parameter.detach().view(-1))
+        self.states = [self._new_state(parameter.detach().view(-1)) for parameter in self.parameters]
 
     def _new_state(self, weight: Tensor) -> dict[str, Tensor]:
         if self.mode == "split":
-            rest = torch.zeros_like(weight, dtype=torch.int16)
-            return {"rest": rest, "mean": torch.zeros_like(weight), "square": torch.zeros_like(weight)}
-        away = self.mode == "offload"
-        home = {"device": "cpu" if away else weight.device, "pin_memory": away and weight.is_cuda}
-        names = ["mean", "square"] + ["master"] * (weight.dtype != torch.float32)
-        state = {name: torch.zeros(weight.shape, dtype=torch.float32, **home) for name in names}
+            dtypes = {"rest": torch.int16, "mean": torch.bfloat16, "square": torch.bfloat16}
+        else:
+            dtypes = {"master": torch.float32, "mean": torch.float32, "square": torch.float32}
+        if weight.dtype == torch.float32:
+            del dtypes["master"]  # the weight is its own
+        place = torch.device("cpu") if self.mode == "offload" else weight.device
+        state = {name: torch.zeros(weight.shape, dtype=dtype, device=place) for name, dtype in dtypes.items()}
+        if self.streaming:
+            state = {name: tensor.pin_memory() for name, tensor in state.items()}
         if "master" in state:
             state["master"].copy_(weight)
         return state
 
     @torch.no_grad()
-    def step(self, closure: None = None) -> None:
-        """One step along the gradients; slices of the state that live on the host are fetched one ahead."""
+    def step(self) -> None:
+        """One step along the gradients, slice by slice; state that lives on the host is fetched one slice ahead."""
         self.steps += 1
         self.rounding.manual_seed(self.steps)  # so that a resumed run rounds alike
-        work = [(parameter, slice(start, start + SLICE)) for parameter in self.parameters
-                if parameter.grad is not None for start in range(0, parameter.numel(), SLICE)]
-        fetched = self._fetch(*work[0]) if work else {}
-        for (parameter, part), following in zip(work, work[1:] + [None], strict=True):
+        work = []
+        for parameter, state in zip(self.parameters, self.states, strict=True):
+            if parameter.grad is not None:
+                weight, gradient = parameter.detach().view(-1), parameter.grad.view(-1)
+                for start in range(0, len(weight), SLICE):
+                    part = slice(start, start + SLICE)
+                    work.append((weight[part], gradient[part], {name: state[name][part] for name in state}))
+        fetched = self._fetch(work[0][2]) if work else {}
+        for index, (weight, gradient, home) in enumerate(work):
             state = fetched
-            if self._streams():
+            if self.streaming:
                 torch.cuda.current_stream().wait_stream(self.inward)
-            fetched = self._fetch(*following) if following else {}
-            self._update(parameter.detach().view(-1)[part], parameter.grad.view(-1)[part], state)
-            self._put_back(parameter, part, state)
-        if self._streams():
+            fetched = self._fetch(work[index + 1][2]) if index + 1 < len(work) else {}
+            self._update(weight, gradient, state)
+            self._put_back(state, home)
+        if self.streaming:
             self.outward.synchronize()
 
     def _update(self, weight: Tensor, gradient: Tensor, state: dict[str, Tensor]) -> None:
         """Algorithm 2 on one slice, in fp32; `.float()` of what is fp32 already is the tensor itself."""
-        beta1, beta2, rate = self.settings.beta1, self.settings.beta2, self.param_groups[0]["lr"]
+        beta1, beta2, rate = self.settings.beta1, self.settings.beta2, self.learning_rate
         split = "rest" in state
         exact = join_bits(weight, state["rest"]) if split else state.get("master", weight)
         mean, square = state["mean"].float(), state["square"].float()
@@ -128,28 +136,23 @@ class AdamW(torch.optim.Optimizer):
         elif exact is not weight:
             weight.copy_(exact)
 
-    def tensors(self) -> dict[str, Tensor]:
-        """All of the state that is not a number, by names that stay the same from run to run."""
-        return {f"{index}.{name}": tensor for index, parameter in enumerate(self.parameters)
-                for name, tensor in self.state[parameter].items()}
-
-    def _streams(self) -> bool:
-        return self.mode == "offload" and self.device.type == "cuda"
-
-    def _fetch(self, parameter: Tensor, part: slice) -> dict[str, Tensor]:
-        """A slice of the state on the parameter's device: a view, or a copy that arrives while others are worked on."""
-        views = {name: tensor[part] for name, tensor in self.state[parameter].items()}
-        if not self._streams():
-            return views
+    def _fetch(self, home: dict[str, Tensor]) -> dict[str, Tensor]:
+        """A slice of the state on the parameters' device: itself, or a copy that arrives while others are updated."""
+        if not self.streaming:
+            return home
         with torch.cuda.stream(self.inward):
-            return {name: view.to(self.device, non_blocking=True) for name, view in views.items()}
+            return {name: tensor.to(self.device, non_blocking=True) for name, tensor in home.items()}
 
-    def _put_back(self, parameter: Tensor, part: slice, state: dict[str, Tensor]) -> None:
+    def _put_back(self, state: dict[str, Tensor], home: dict[str, Tensor]) -> None:
         """Send a fetched slice home, behind the work on it."""
-        if not self._streams():
+        if not self.streaming:
             return
         self.outward.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self.outward):
             for name, tensor in state.items():
-                self.state[parameter][name][part].copy_(tensor, non_blocking=True)
+                home[name].copy_(tensor, non_blocking=True)
                 tensor.record_stream(self.outward)  # its memory is not reused before the copy is done
+
+    def tensors(self) -> dict[str, Tensor]:
+        """All of the state that is not a number, by names that stay the same from run to run."""
+        return {f"{i}.{name}": tensor for i, state in enumerate(self.states) for name, tensor in state.items()}

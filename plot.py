@@ -1,4 +1,4 @@
-"""Draws the learning curves of runs: training success, held-out success and answer length against minutes.
+"""Draws the learning curves of runs: training success, held-out success and response length against minutes.
 
     for seed in 1 2 3 4 5; do python train.py --config config_tiny.yml --name demo-$seed train.seed=$seed; done
     python plot.py runs/demo-1 runs/demo-2 runs/demo-3 runs/demo-4 runs/demo-5 --out docs/learning.png
@@ -32,13 +32,21 @@ def main() -> int:
         colour = f"C{number}"
         evaluated = run.dropna(subset="eval_success")
         success.plot(run.minutes, run.success * 100, color=colour, alpha=0.3, linewidth=1)
-        success.errorbar(evaluated.minutes, evaluated.eval_success * 100, evaluated.eval_success_se * 100,
-                         color=colour, marker="o", markersize=4, capsize=2, label=folder.name)
-        length.plot(run.minutes, run.answer_length, color=colour, linewidth=1)
+        success.errorbar(
+            evaluated.minutes,
+            evaluated.eval_success * 100,
+            evaluated.eval_success_se * 100,
+            color=colour,
+            marker="o",
+            markersize=4,
+            capsize=2,
+            label=folder.name,
+        )
+        length.plot(run.minutes, run.response_length, color=colour, linewidth=1)
     success.set(title="success: held-out (points), training (thin)", ylabel="%", ylim=(0, 100))
-    length.set(title="answer length", ylabel="tokens", ylim=(0, None))
+    length.set(title="response length", ylabel="tokens", ylim=(0, None))
     for axes in (success, length):
-        axes.set_xlabel("minutes of sampling and updating, 2 CPU cores")
+        axes.set_xlabel("minutes of sampling and updating")
         axes.grid(alpha=0.3)
     success.legend(loc="lower right")
     arguments.out.parent.mkdir(parents=True, exist_ok=True)

@@ -15,11 +15,11 @@ other architectures. Loading and saving Hugging Face folders is model_folder.py'
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.function import FunctionCtx
 from torch.utils.checkpoint import checkpoint
 
 # attend(layer index, q, k, v) -> attention output; q and the output are (B, query heads, T, D), k and v
@@ -44,19 +44,6 @@ class Qwen2Config:
     max_position_embeddings: int
 
 
-class RMSNorm(nn.Module):
-    """x / rms(x) * weight, over the last dimension, computed in fp32 whatever the dtype of x."""
-
-    def __init__(self, size: int, eps: float) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(size))
-        self.eps = eps
-
-    def forward(self, x: Tensor) -> Tensor:
-        normed = F.rms_norm(x.float(), self.weight.shape, None, self.eps)
-        return normed.to(x.dtype) * self.weight
-
-
 def rope_tables(config: Qwen2Config, positions: Tensor) -> tuple[Tensor, Tensor]:
     """cos and signed sin of the rotary angles, fp32, each (B, T, 1, D), for positions (B, T)."""
     exponent = torch.arange(0, config.head_dim, 2, dtype=torch.float32, device=positions.device) / config.head_dim
@@ -76,11 +63,13 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def causal_attention(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Every position attends to itself and what stands before it: training, and the prompt.
+    """Each position attends to itself and the positions before it: for training and prefill. Output (B, Hq, T, D).
 
     Rows are padded on the right, so no mask is needed: padding comes after every real token.
     """
-    return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+    if q.is_cuda and q.dtype == torch.float32:  # only the quadratic fp32 kernel shares K and V among query heads
+        k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))
+    return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.shape[1] != k.shape[1])
 
 
 class Layer(nn.Module):
@@ -91,10 +80,10 @@ class Layer(nn.Module):
         self.index, self.heads, self.kv_heads = index, config.num_attention_heads, config.num_key_value_heads
         self.head_dim = config.head_dim
         hidden, inner = config.hidden_size, config.intermediate_size
-        self.input_norm = RMSNorm(hidden, config.rms_norm_eps)
+        self.input_norm = nn.RMSNorm(hidden, config.rms_norm_eps)  # x / rms(x) * weight, in fp32 inside
         self.qkv = nn.Linear(hidden, (self.heads + 2 * self.kv_heads) * self.head_dim, bias=True)
         self.out = nn.Linear(self.heads * self.head_dim, hidden, bias=False)
-        self.mlp_norm = RMSNorm(hidden, config.rms_norm_eps)
+        self.mlp_norm = nn.RMSNorm(hidden, config.rms_norm_eps)
         self.gate_up = nn.Linear(hidden, 2 * inner, bias=False)
         self.down = nn.Linear(inner, hidden, bias=False)
 
@@ -111,16 +100,20 @@ class Layer(nn.Module):
 
 
 class Qwen2(nn.Module):
-    """The policy: token ids in, hidden states out; `logits` applies the head to the positions asked for."""
+    """The policy: token ids in, hidden states out; `logits` applies the head to the positions asked for.
+
+    `vocabulary` is the number of ids that the tokenizer knows. Qwen pads its embedding to more rows than that.
+    """
 
     def __init__(self, config: Qwen2Config) -> None:
         super().__init__()
         self.config = config
         self.embed = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(Layer(config, index) for index in range(config.num_hidden_layers))
-        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.norm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
         if not config.tie_word_embeddings:
             self.untied_head = nn.Parameter(torch.empty(config.vocab_size, config.hidden_size))
+        self.vocabulary = config.vocab_size
         self.checkpoint_layers = False  # recompute each layer in backward instead of keeping its activations
 
     @property
@@ -144,52 +137,64 @@ class Qwen2(nn.Module):
                 x = layer(x, cos, sin, attend)
         return self.norm(x)
 
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Logits (N, V) in fp32 of hidden states (N, hidden); -inf for the padding ids past `vocabulary`.
+
+        The padding rows are computed all the same: without them the matmul's width would be odd (151,665), and
+        no fast bf16 kernel takes that.
+        """
+        logits = wide_matmul(hidden, self.head)  # (N, V)
+        with torch.no_grad():  # their probability is 0, and so is their gradient
+            logits[:, self.vocabulary :] = -torch.inf
+        return logits
+
     def hf_tensors(self) -> dict[str, Tensor]:
         """Views of this module's parameters under the names and shapes of a Hugging Face checkpoint.
 
         Copying into a view loads, reading from it saves: the fused matrices never show outside.
         """
         tensors = {"model.embed_tokens.weight": self.embed.weight, "model.norm.weight": self.norm.weight}
-        for layer in self.layers:
-            prefix = f"model.layers.{layer.index}."
-            q_and_kv = [n * layer.head_dim for n in (layer.heads, layer.kv_heads, layer.kv_heads)]
-            for kind in ("weight", "bias"):
-                parts = getattr(layer.qkv, kind).split(q_and_kv)
-                for name, part in zip("qkv", parts, strict=True):
-                    tensors[f"{prefix}self_attn.{name}_proj.{kind}"] = part
-            tensors[f"{prefix}self_attn.o_proj.weight"] = layer.out.weight
-            tensors[f"{prefix}mlp.gate_proj.weight"], tensors[f"{prefix}mlp.up_proj.weight"] = (
-                layer.gate_up.weight.chunk(2)
-            )
-            tensors[f"{prefix}mlp.down_proj.weight"] = layer.down.weight
-            tensors[f"{prefix}input_layernorm.weight"] = layer.input_norm.weight
-            tensors[f"{prefix}post_attention_layernorm.weight"] = layer.mlp_norm.weight
         if not self.config.tie_word_embeddings:
             tensors["lm_head.weight"] = self.untied_head
+        for layer in self.layers:
+            assert isinstance(layer, Layer)
+            prefix = f"model.layers.{layer.index}"
+            sizes = [heads * layer.head_dim for heads in (layer.heads, layer.kv_heads, layer.kv_heads)]
+            weights, biases = layer.qkv.weight.split(sizes), layer.qkv.bias.split(sizes)
+            for name, weight, bias in zip("qkv", weights, biases, strict=True):
+                tensors[f"{prefix}.self_attn.{name}_proj.weight"] = weight
+                tensors[f"{prefix}.self_attn.{name}_proj.bias"] = bias
+            gate, up = layer.gate_up.weight.chunk(2)
+            tensors[f"{prefix}.self_attn.o_proj.weight"] = layer.out.weight
+            tensors[f"{prefix}.mlp.gate_proj.weight"] = gate
+            tensors[f"{prefix}.mlp.up_proj.weight"] = up
+            tensors[f"{prefix}.mlp.down_proj.weight"] = layer.down.weight
+            tensors[f"{prefix}.input_layernorm.weight"] = layer.input_norm.weight
+            tensors[f"{prefix}.post_attention_layernorm.weight"] = layer.mlp_norm.weight
         return {name: tensor.detach() for name, tensor in tensors.items()}
 
 
-def head_logits(hidden: Tensor, head: Tensor) -> Tensor:
-    """Logits (rows, V) in fp32 from hidden (rows, hidden) and head (V, hidden), accumulated in fp32.
+def wide_matmul(hidden: Tensor, head: Tensor) -> Tensor:
+    """hidden (N, hidden) @ head (V, hidden).T with fp32 sums and an fp32 result.
 
-    Rounding logits to bf16 would move each logprob by up to 0.06, more than a policy update does. CUDA can
-    hand out the fp32 sums of a bf16 product; elsewhere both sides are widened first.
+    Logits rounded to bf16 would move each logprob by up to 0.06, more than a policy update does. CUDA can return the
+    fp32 sums of a bf16 matmul; elsewhere both sides are widened first.
     """
-    if hidden.is_cuda and hidden.dtype != torch.float32:
-        return WideProduct.apply(hidden, head)
-    return hidden.float() @ head.float().t()
+    if hidden.dtype == torch.float32 or hidden.device.type in ("cpu", "mps"):
+        return hidden.float() @ head.float().t()
+    return WideMatmul.apply(hidden, head)
 
 
-class WideProduct(torch.autograd.Function):
-    """hidden @ head.T of bf16 matrices, its fp32 sums kept. torch has this product but not its gradient."""
+class WideMatmul(torch.autograd.Function):
+    """A bf16 matmul whose fp32 sums are kept. torch has this matmul but not its gradient."""
 
     @staticmethod
-    def forward(context: FunctionCtx, hidden: Tensor, head: Tensor) -> Tensor:
+    def forward(context: Any, hidden: Tensor, head: Tensor) -> Tensor:
         context.save_for_backward(hidden, head)
         return torch.mm(hidden, head.t(), out_dtype=torch.float32)
 
     @staticmethod
-    def backward(context: FunctionCtx, gradient: Tensor) -> tuple[Tensor, Tensor]:
+    def backward(context: Any, gradient: Tensor) -> tuple[Tensor, Tensor]:
         hidden, head = context.saved_tensors
-        gradient = gradient.to(hidden.dtype)  # (rows, V)
+        gradient = gradient.to(hidden.dtype)  # (N, V)
         return gradient @ head, gradient.t() @ hidden

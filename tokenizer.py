@@ -2,14 +2,13 @@
 
 The byte-pair encoding itself is the `tokenizers` library reading tokenizer.json. Around it stands what a
 trainer needs: the model's own chat template (a jinja2 template that ships with the weights, so it runs in
-jinja2's sandbox: a template is data from the internet), and the ids that end an answer.
+jinja2's sandbox: a template is data from the internet), and the ids that end a response.
 
 Left out: truncation, padding and batching (masks come from lengths, see rollout.py), and tools in chats. The
 sandbox keeps a template away from all but its own variables; it does not keep one from being slow.
 """
 
 import json
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -18,34 +17,17 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from tokenizers import Tokenizer as BytePairTokenizer
 
 from data_types import UserError
+from files import read_json, read_text
 
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json")
-
-
-def read_text(path: Path) -> str:
-    """The text of a file; UserError names the file if it is missing or cannot be read."""
-    try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, ValueError) as error:  # ValueError: not UTF-8
-        raise UserError(f"{path}: cannot be read: {getattr(error, 'strerror', error)}") from None
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """The JSON object in a file; UserError names the file if it is missing or holds anything else."""
-    text = read_text(path)
-    try:
-        content = json.loads(text)
-    except (ValueError, RecursionError) as error:  # ValueError: not JSON, or a number of thousands of digits
-        raise UserError(f"{path}: cannot be read as JSON ({error})") from None
-    if not isinstance(content, dict):
-        raise UserError(f"{path}: must hold a JSON object, found {type(content).__name__}")
-    return content
+# in model folders; the last two are the older form of the first, for other programs
+TOKENIZER_FILES = ["tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json"]
+TOKENIZER_FILES += ["vocab.json", "merges.txt"]
 
 
 class Tokenizer:
     """The tokenizer of a model folder.
 
-    end_ids: every id that ends an answer; len(self) is one more than the largest id.
+    end_ids: every id that ends a response; len(self) is one more than the largest id.
     """
 
     def __init__(self, folder: str | Path) -> None:
@@ -66,15 +48,15 @@ class Tokenizer:
         """Token ids of `text`; special tokens written in it become their ids, as in transformers."""
         return self._bpe.encode(text, add_special_tokens=False).ids
 
-    def decode(self, ids: Sequence[int]) -> str:
+    def decode(self, ids: list[int]) -> str:
         """The text of `ids`, special tokens included: what the policy wrote is shown as it is."""
         return self._bpe.decode(list(ids), skip_special_tokens=False)
 
-    def render_chat(self, messages: Sequence[dict[str, str]], add_generation_prompt: bool = True) -> str:
+    def render_chat(self, messages: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
         """The model's own chat template applied to messages such as {"role": "user", "content": "..."}."""
         try:  # tools: templates ask whether they are None
-            text = self._template.render(self._special_tokens, messages=list(messages), tools=None,
-                                         add_generation_prompt=add_generation_prompt)
+            chat = {"messages": messages, "tools": None, "add_generation_prompt": add_generation_prompt}
+            text = self._template.render(self._special_tokens, **chat)
             text.encode()  # half of a surrogate pair is no text
         except Exception as error:  # a template is a foreign program, which may raise anything
             raise UserError(f"{self._folder}: the chat template fails: {str(error)[:200]}") from None

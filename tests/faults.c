@@ -1,9 +1,10 @@
-/* A disk that fails at will: preloaded, it lets the n-th call that changes files return an error and not take place.
+/* A disk that fails on demand: preloaded, it makes the n-th call that changes files return an error and do nothing.
 
-       cc -shared -fPIC -o faults.so tests/faults.c && LD_PRELOAD=./faults.so python tests/test_resume.py FOLDER
+       cc -shared -fPIC -o faults.so tests/faults.c -ldl
+       LD_PRELOAD=./faults.so python tests/test_resume.py FOLDER
 
-   Nothing fails before arm(n, errno). Opening a file counts where it is for writing, everything else always.
-   Left out: system calls made without libc (safetensors renames its temporary file so), and threads. */
+   Nothing fails before arm(n, errno). Opening a file counts only when it is for writing.
+   Left out: system calls made without libc (safetensors renames its temporary file that way), and threads. */
 
 #define _GNU_SOURCE
 #include <dlfcn.h>
@@ -13,11 +14,11 @@
 #include <sys/types.h>
 #include <sys/uio.h>
 
-static int chosen, error, calls; /* chosen: 0 while nothing is to fail */
+static int chosen, error, calls; /* chosen: the call to fail, 0 for none */
 static const char *failed = "";
 
 void arm(int n, int code) { chosen = n, error = code, calls = 0, failed = ""; }
-const char *disarm(void) { return chosen = 0, failed; } /* the name of the call that failed, or nothing */
+const char *disarm(void) { return chosen = 0, failed; } /* the name of the call that failed, or "" */
 
 static int fails(const char *name) {
     if (chosen == 0 || ++calls != chosen) return 0;

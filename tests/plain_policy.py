@@ -1,102 +1,94 @@
-"""A small random policy, and sampling from it the plain way: the oracle of test_rollout.py and test_grpo.py.
+"""A small random policy, and sampling from it in the plainest way: the oracle of test_rollout.py and test_grpo.py.
 
-Here is nothing of what rollout.py and grpo.py do to be fast: one row at a time, no padding, no cache, the
-whole model again for every token, and the distribution worked out in numpy's float64.
+Nothing here does what rollout.py and grpo.py do to be fast. Rows run one at a time, without padding or a cache, the
+whole model runs again for every token, and numpy computes the distribution in float64.
 """
 
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 
 import numpy as np
+import pytest
 import torch
 from torch import Tensor
 
-from data_types import Episode, Problem
+from data_types import Episode, Problem, Sampling
 from qwen2_model import Qwen2, Qwen2Config
-from rollout import Answer, Sampling
+from rollout import Response
 
-VOCABULARY = 211  # ids the tokenizer knows; the model's own vocabulary is larger, as Qwen's is
-DEVICES = ["cpu"] + ["cuda"] * torch.cuda.is_available()
+VOCABULARY = 211  # ids that the tokenizer knows; the embedding has more rows, as Qwen's has
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.cuda)]
 UNCUT = Sampling()  # temperature 1, neither top-k nor top-p
-TOO_CLOSE = 1e-5  # to a border between two tokens: not for fp32 to decide
+TOO_CLOSE = 1e-5  # to a border between two tokens: fp32 may land on either side
 
 
-def small_policy(seed: int, device: str = "cpu", tied: bool = True, layers: int = 2, heads: int = 4,
-                 kv_heads: int = 2, hidden: int = 32, inner: int = 48, vocabulary: int = VOCABULARY) -> Qwen2:
-    """A Qwen2 with random weights, biases and norms: its distributions are neither flat nor fixed."""
-    config = Qwen2Config(vocab_size=vocabulary + 20, hidden_size=hidden, intermediate_size=inner,
-                         num_hidden_layers=layers, num_attention_heads=heads, num_key_value_heads=kv_heads,
-                         head_dim=8, rms_norm_eps=1e-6, rope_theta=10000.0, tie_word_embeddings=tied,
-                         max_position_embeddings=128)
-    policy = Qwen2(config)
+def small_policy(seed: int, device: str = "cpu", tied: bool = True, **shape: int) -> Qwen2:
+    """A Qwen2 with random weights, biases and norms, whose distributions are neither flat nor peaked."""
+    size = {"vocabulary": VOCABULARY, "layers": 2, "heads": 4, "kv_heads": 2, "hidden": 32, "inner": 48} | shape
+    vocabulary, layers, heads, kv_heads, hidden, inner = size.values()
+    policy = Qwen2(Qwen2Config(vocabulary + 20, hidden, inner, layers, heads, kv_heads, 8, 1e-6, 10000.0, tied, 128))
+    policy.vocabulary = vocabulary
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in policy.named_parameters():
             noise = torch.randn(parameter.shape, generator=generator)
-            if "norm" in name:
-                parameter.copy_(1 + 0.3 * noise)
-            elif name.endswith("bias"):
-                parameter.copy_(0.5 * noise)
-            else:  # keeps the size of what it multiplies; the head's logits get a standard deviation of 2
-                wide = 2.0 if name in ("embed.weight", "untied_head") else 1.0
-                parameter.copy_(wide * noise / parameter.shape[1] ** 0.5)
+            if parameter.dim() == 1:
+                parameter.copy_(1 + 0.3 * noise if "norm" in name else 0.5 * noise)
+            else:  # keeps the size of what it multiplies; the logits get a standard deviation of 2
+                scale = 2.0 if name in ("embed.weight", "untied_head") else 1.0
+                parameter.copy_(scale * noise / parameter.shape[1] ** 0.5)
     return policy.to(device)
 
 
 @torch.no_grad()
-def plain_logits(policy: Qwen2, tokens: list[int], vocabulary: int = VOCABULARY) -> np.ndarray:
-    """Logits (T, vocabulary) of one row, float64 from the last product on."""
+def plain_logits(policy: Qwen2, tokens: list[int]) -> np.ndarray:
+    """Logits (T, vocabulary) of one row; the head's matmul is in float64."""
     hidden = policy(torch.tensor([tokens], device=policy.embed.weight.device))[0]
-    return (hidden.double() @ policy.head[:vocabulary].double().t()).cpu().numpy()
+    return (hidden.double() @ policy.head[: policy.vocabulary].double().t()).cpu().numpy()
 
 
 def plain_distribution(logits: np.ndarray, sampling: Sampling) -> np.ndarray:
-    """Probabilities (V,) that `sampling` draws from: tempered, of the k likeliest, of those the first p."""
+    """The probabilities (V,) to draw from: temperature first, then the k most likely, then the first p of those."""
     scaled = logits / (sampling.temperature or 1.0)
     weights = np.exp(scaled - scaled.max())
-    likeliest = np.argsort(-weights)
+    order = np.argsort(-weights)
     if sampling.top_k:
-        weights[likeliest[sampling.top_k :]] = 0.0
+        weights[order[sampling.top_k :]] = 0.0
     mass, enough = 0.0, sampling.top_p * weights.sum()
-    for token in likeliest:
+    for token in order:
         if sampling.top_p < 1.0 and mass >= enough:
             weights[token] = 0.0
         mass += weights[token]
     return weights / weights.sum()
 
 
-def plain_answer(policy: Qwen2, prompt: list[int], uniforms: Tensor, redraw: np.random.Generator,
-                 sampling: Sampling = UNCUT) -> Answer:
-    """The answer that never ends: one token for each of `uniforms` (max_new_tokens,), by inverse CDF.
-
-    A number too close to a border of its CDF is replaced, in `uniforms` itself, by one from `redraw`.
-    """
+def plain_response(policy: Qwen2, prompt: list[int], uniforms: Tensor, sampling: Sampling = UNCUT) -> Response:
+    """A response that never ends: by inverse CDF, one token for each of `uniforms` (max_new_tokens,)."""
+    redraw = np.random.default_rng(prompt)
     ids, logprobs = [], []
     for place in range(len(uniforms)):
         logits = plain_logits(policy, prompt + ids)[-1]
         probabilities = plain_distribution(logits, sampling)
-        if sampling.top_p < 1.0:
-            near = [plain_distribution(logits, replace(sampling, top_p=sampling.top_p + gap)) > 0
-                    for gap in (-TOO_CLOSE, TOO_CLOSE)]
-            assert np.array_equal(*near), "fp32 cannot tell what top-p cuts here: take another seed"
+        for gap in (-TOO_CLOSE, TOO_CLOSE) if sampling.top_p < 1.0 else ():
+            nudged = plain_distribution(logits, replace(sampling, top_p=sampling.top_p + gap))
+            assert np.array_equal(nudged > 0, probabilities > 0), "fp32 cannot tell what top-p keeps: another seed"
         borders = probabilities.cumsum()
-        while np.abs(borders - uniforms[place].item()).min() < TOO_CLOSE:
+        while np.abs(borders - uniforms[place].item()).min() < TOO_CLOSE:  # then replaced, in `uniforms` itself
             uniforms[place] = float(redraw.random(dtype=np.float32))
         drawn = (borders <= uniforms[place].item()).sum()
-        token = int(logits.argmax() if sampling.temperature == 0 else drawn)
-        ids.append(token)
-        logprobs.append(float(np.log(probabilities[token])))
-    return Answer(0, ids, logprobs, ended=False)
+        ids.append(int(logits.argmax() if sampling.temperature == 0 else drawn))
+        logprobs.append(float(np.log(probabilities[ids[-1]])))
+    return Response(ids, logprobs, truncated=True)
 
 
-def cut(answer: Answer, question: int, end_ids: set[int]) -> Answer:
-    """What is left of the answer that never ends: all up to the first end token, which is kept."""
-    ends = [place for place, token in enumerate(answer.ids) if token in end_ids]
-    length = ends[0] + 1 if ends else len(answer.ids)
-    return Answer(question, answer.ids[:length], answer.logprobs[:length], bool(ends))
+def cut(response: Response, end_ids: Collection[int]) -> Response:
+    """The response that never ends, up to its first end token, which is kept."""
+    length = next((n for n, token in enumerate(response.ids, start=1) if token in end_ids), None)
+    return Response(response.ids[:length], response.logprobs[:length], truncated=length is None)
 
 
-def as_episodes(answers: list[Answer], prompts: list[list[int]]) -> list[Episode]:
-    """Answers as the trainer gets them, without text and reward."""
-    problem = Problem((1, 2), 3)
-    return [Episode(problem, a.question, prompts[a.question], a.ids, a.logprobs, a.ended, text="")
-            for a in answers]
+def as_episodes(responses: Sequence[Response], prompts: Sequence[list[int]]) -> list[Episode]:
+    """Responses as the trainer gets them, without text and reward; those of a prompt's group stand together."""
+    rows = [prompt for prompt in prompts for _ in range(len(responses) // len(prompts))]
+    pairs, problem = zip(rows, responses, strict=True), Problem((1, 2), 3)
+    return [Episode(problem, prompt, r.ids, r.logprobs, r.truncated, text="") for prompt, r in pairs]

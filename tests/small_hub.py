@@ -10,9 +10,7 @@ COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 
 class Answers(http.server.BaseHTTPRequestHandler):
-    """The model lab/model and the data set lab/countdown hold `files`; other owners refuse in their ways."""
-
-    files: dict[str, bytes] = {}
+    """The model lab/model and the data set lab/countdown hold the server's files; others refuse in their ways."""
 
     def reply(self, status: int, body: bytes = b"{}", **headers: str) -> None:
         self.send_response(status)
@@ -26,6 +24,8 @@ class Answers(http.server.BaseHTTPRequestHandler):
         path = self.path.split("?")[0]
         if "/gated/" in path or ("/sealed/" in path and "/resolve/" in path):  # sealed: its list is open
             self.reply(403, X_Error_Code="GatedRepo", X_Error_Message="\x1b[31mask first")
+        elif "/expired/" in path:
+            self.reply(401, X_Error_Message="Invalid credentials in Authorization header")
         elif "/broken/" in path:
             self.reply(418)
         elif not ("/lab/" in path or "/sealed/" in path) or ("/datasets/" in path) != ("/countdown/" in path):
@@ -35,12 +35,12 @@ class Answers(http.server.BaseHTTPRequestHandler):
         elif "/revision/" in path:
             self.reply(200, json.dumps({"id": "lab/any", "sha": COMMIT, "siblings": []}).encode())
         elif "/tree/" in path:
-            listing = [{"type": "file", "path": name, "size": len(body), "oid": "0" * 40}
-                       for name, body in self.files.items()]  # fmt: skip
+            sizes = {name: len(body) for name, body in self.server.files.items()}
+            listing = [{"type": "file", "path": name, "size": size, "oid": "0" * 40} for name, size in sizes.items()]
             self.reply(200, json.dumps(listing).encode())
         else:
             name = path.partition(f"/resolve/{COMMIT}/")[2]
-            self.reply(200, self.files[name], ETag=f'"{name}"', X_Repo_Commit=COMMIT)
+            self.reply(200, self.server.files[name], ETag=f'"{name}"', X_Repo_Commit=COMMIT)
 
     do_HEAD = do_GET
 
@@ -50,8 +50,9 @@ class Answers(http.server.BaseHTTPRequestHandler):
 
 @contextmanager
 def small_hub(files: dict[str, bytes]) -> Iterator[str]:
-    """Serves `files`; gives the address for HF_ENDPOINT."""
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (Answers,), {"files": files}))
+    """Serves `files`; yields the address for HF_ENDPOINT."""
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Answers)
+    server.files = files
     threading.Thread(target=server.serve_forever, daemon=True).start()
     try:
         yield f"http://127.0.0.1:{server.server_port}"

@@ -1,6 +1,6 @@
 """The house rules that a reader counts on: the core fits one sitting, functions fit a screen, nothing runs text.
 
-    pytest tests/test_house.py -s     # prints the lines of code of each module
+pytest tests/test_house.py -s     # prints the lines of code of each module
 """
 
 import ast
@@ -10,6 +10,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 ASIDE = {"benchmark.py", "make_tiny.py", "plot.py"}  # a training run does not import them
+ALGORITHM = {"train.py", "rollout.py", "grpo.py", "qwen2_model.py", "countdown_task.py"}
 LAYOUT = {tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER}
 DEFINITIONS = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
 
@@ -27,8 +28,14 @@ def code_lines(text: str) -> int:
 def test_the_core_fits_one_sitting():
     lines = {path.name: code_lines(path.read_text()) for path in sorted(ROOT.glob("*.py"))}
     core = sum(count for name, count in lines.items() if name not in ASIDE)
-    print("\n" + "\n".join(f"{name:22s} {count:5d}" for name, count in lines.items()) + f"\ncore: {core}")
-    assert core <= 2000  # the aim is about 1,500; LOG.md says what it is spent on
+    algorithm = sum(lines[name] for name in ALGORITHM)
+    tests = sum(len(path.read_text().splitlines()) for path in (ROOT / "tests").glob("*.py"))
+    print("\n" + "\n".join(f"{name:22s} {count:5d}" for name, count in lines.items()))
+    print(f"core {core}, of it the algorithm {algorithm}; tests {tests} lines, blanks and comments included")
+    assert core <= 1870  # the aim is 1,500: LOG.md says what stands in its way
+    assert algorithm <= 705  # likewise 600
+    assert lines["benchmark.py"] <= 450
+    assert tests <= 4750
 
 
 def test_functions_fit_a_screen_modules_say_what_they_do_and_nothing_runs_text():
@@ -40,3 +47,20 @@ def test_functions_fit_a_screen_modules_say_what_they_do_and_nothing_runs_text()
                 assert node.end_lineno - node.lineno < 60, f"{path.name}: {node.name} is too long"
             called = node.func.id if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) else ""
             assert called not in ("eval", "exec"), f"{path.name}, line {node.lineno}: {called}"
+
+
+def test_no_module_imports_one_that_imports_it():
+    modules = {path.stem for path in ROOT.glob("*.py")}
+    imports = {}
+    for name in modules:
+        nodes = [
+            n
+            for n in ast.walk(ast.parse((ROOT / f"{name}.py").read_text()))
+            if isinstance(n, ast.Import | ast.ImportFrom)
+        ]
+        named = {n.module if isinstance(n, ast.ImportFrom) else alias.name for n in nodes for alias in n.names}
+        imports[name] = named & modules
+    while leaves := [name for name, needs in imports.items() if not needs & imports.keys()]:
+        for name in leaves:
+            del imports[name]
+    assert not imports, f"these import each other in a circle: {sorted(imports)}"

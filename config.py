@@ -1,0 +1,135 @@
+"""Reads a YAML file and overrides into the settings of data_types.py, and writes them back.
+
+YAML gives the structure only: every value arrives as text, and the setting's own type reads it. YAML's guesses are left
+out because they surprise: it takes `1e-6` for a string and the revision `0123456` for an octal number.
+"""
+
+import difflib
+import operator
+import re
+from collections.abc import Iterable, Iterator
+from dataclasses import MISSING, Field, asdict, fields
+from pathlib import Path
+from types import NoneType
+from typing import Any, get_args, get_origin
+
+import yaml
+
+from data_types import Config, UserError
+from files import read_text
+
+SECTIONS: dict[str, Any] = {section.name: section.type for section in fields(Config)}
+SETTINGS = {f"{section}.{spec.name}": spec for section, kind in SECTIONS.items() for spec in fields(kind)}
+BOUNDS = {"at_least": operator.ge, "above": operator.gt, "at_most": operator.le, "below": operator.lt}
+
+
+def load_config(path: str | Path, overrides: Iterable[str] = ()) -> Config:
+    """Read the YAML file at `path`, then overrides such as "train.learning_rate=3e-4"; the last one wins.
+
+    Raises UserError: one line with the file or the override, the setting, the value found and the values allowed.
+    """
+    values: dict[str, dict[str, Any]] = {section: {} for section in SECTIONS}
+    for where, name, text in [*file_settings(path), *map(override_setting, overrides)]:
+        section, _, key = name.partition(".")
+        value = read_setting(where, name, text)  # first: it knows the names
+        values[section][key] = value
+    for name, spec in SETTINGS.items():
+        section, _, key = name.partition(".")
+        if spec.default is MISSING and key not in values[section]:
+            raise UserError(f"{path}: {name} is missing: {spec.metadata['meaning']} ({allowed(spec)})")
+    config = Config(**{section: kind(**values[section]) for section, kind in SECTIONS.items()})
+    size, held_out, updates = config.eval.size, config.data.held_out, config.train.updates_per_batch
+    if size > held_out:
+        raise UserError(f"{path}: eval.size is {size}; it must be at most data.held_out, which is {held_out}")
+    if config.train.optimizer == "split" and config.model.dtype != "bfloat16":
+        raise UserError(f"{path}: train.optimizer split is for model.dtype bfloat16; set train.optimizer=master")
+    if config.train.objective == "reinforce" and updates > 1:  # the second update is off-policy
+        raise UserError(f"{path}: train.updates_per_batch is {updates}, so train.objective must be clipped")
+    return config
+
+
+def file_settings(path: str | Path) -> Iterator[tuple[str, str, Any]]:
+    """(where it stands, name, value) of each setting in a file."""
+    root = read_yaml(str(path), read_text(Path(path)))
+    if not isinstance(root, dict):
+        raise UserError(f"{path}: must hold sections such as `rollout:` with lines such as `group_size: 16` in them")
+    for section, keys in root.items():
+        if section not in SECTIONS:
+            raise UserError(f"{path}: unknown section {section}; {suggestion(section, SECTIONS)}")
+        if not isinstance(keys or {}, dict):
+            raise UserError(f"{path}: {section} is {keys}; it must hold lines such as `group_size: 16`")
+        yield from ((str(path), f"{section}.{key}", value) for key, value in (keys or {}).items())
+
+
+def override_setting(override: str) -> tuple[str, str, Any]:
+    """(where it stands, name, value) of the setting in "section.key=value"."""
+    name, equals, text = override.partition("=")
+    if not equals:
+        raise UserError(f"the override `{override}`: write it as section.key=value, such as rollout.group_size=16")
+    return f"the override `{override}`", name, read_yaml(override, text)
+
+
+def dump_config(config: Config) -> str:
+    """The config as YAML text, from which load_config reads an equal one."""
+    return yaml.safe_dump(asdict(config), sort_keys=False, allow_unicode=True)
+
+
+def read_yaml(where: str, text: str) -> Any:
+    """The dicts, lists and strings in YAML text."""
+    try:
+        return yaml.load(text, yaml.BaseLoader)
+    except yaml.YAMLError as error:
+        raise UserError(f"{where}: not YAML: {' '.join(str(error).split())}") from None
+
+
+def read_setting(where: str, name: str, value: Any) -> Any:
+    """What `value` (YAML's strings) means for the setting `name`, such as "train.steps"."""
+    if name not in SETTINGS:
+        raise UserError(f"{where}: unknown setting {name}; {suggestion(name, SETTINGS)}")
+    spec = SETTINGS[name]
+    kind, optional, many = parts(spec)
+    if optional and value in ("", "null", "~", None):
+        return None
+    try:
+        items = [read_scalar(spec, kind, item) for item in (value if many and isinstance(value, list) else [value])]
+    except (ValueError, TypeError, KeyError):
+        raise UserError(f"{where}: {name} is {value or 'empty'}; it must be {allowed(spec)}") from None
+    return tuple(items) if many else items[0]
+
+
+def read_scalar(spec: Field, kind: type, text: str) -> Any:
+    """The value that `text` stands for; ValueError, TypeError or KeyError where the setting does not allow it."""
+    if not isinstance(text, str):  # a list or a section
+        raise TypeError
+    value = {"true": True, "false": False}[text] if kind is bool else kind(text)
+    choices, bounds = spec.metadata["choices"], spec.metadata["bounds"].items()
+    good: Any = text and (not choices or re.fullmatch("|".join(choices), text))
+    if kind in (int, float):
+        good = abs(value) < 2**32 and all(BOUNDS[name](value, bound) for name, bound in bounds)
+    if not good:
+        raise ValueError
+    return value
+
+
+def parts(spec: Field) -> tuple[Any, bool, bool]:
+    """Of a setting's type: the type of one value, whether None is allowed, whether it is a tuple."""
+    optional = NoneType in get_args(spec.type)
+    kind = get_args(spec.type)[0] if optional else spec.type
+    many = get_origin(kind) is tuple
+    return get_args(kind)[0] if many else kind, optional, many
+
+
+def allowed(spec: Field) -> str:
+    """The values that a setting may take, in words."""
+    kind, optional, many = parts(spec)
+    words = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}[kind]
+    bounds = [f"{name.replace('_', ' ')} {bound}" for name, bound in spec.metadata["bounds"].items()]
+    words = ", ".join([" or ".join(spec.metadata["choices"]) or words, *bounds, *["or null"] * optional])
+    return f"a list, each {words}" if many else words
+
+
+def suggestion(name: str, known: dict[str, Any]) -> str:
+    """What a person may have meant by an unknown name."""
+    close = [other for other in known if other.endswith(f".{name.rpartition('.')[2]}")]  # in another section
+    close = close or difflib.get_close_matches(name, known, n=1, cutoff=0.6)
+    return f"did you mean {' or '.join(close)}?" if close else "data_types.py has all of them"

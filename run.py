@@ -1,0 +1,252 @@
+"""Everything round the loop of train.py: set-up, the device, signals, memory that runs out, and what follows a step.
+
+Nothing here is part of the algorithm. `Run` holds what a run works with; two of its methods wrap the sampler and the
+gradient (`generate`, `accumulate_gradient`), and `finish_step` takes over when a step is done.
+"""
+
+import math
+import os
+import signal
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+import grpo
+from alarms import Alarms
+from checkpoint import load_optimizer, save_best, save_checkpoint
+from countdown_task import ASSISTANT_PREFIX, load_problems, question_text, split_problems
+from data_types import Config, Episode, Progress, Sampling, UserError
+from files import atomic_folder
+from logbook import Logbook, episode_metrics, warn
+from memory import check_memory, out_of_memory
+from model_folder import find_folder, load_model, read_model_config, read_small_files, save_model
+from optimizer import AdamW
+from rollout import Response, Sampler
+from tokenizer import Tokenizer
+
+T = TypeVar("T")
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+class Interrupted(Exception):
+    """A stop signal came: the one way in which a signal ends a run."""
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+
+
+class Run:
+    """A run in its folder, from its start or from a checkpoint; what is cheap to check is checked first."""
+
+    def __init__(self, config: Config, folder: Path, checkpoint: Path | None, progress: Progress) -> None:
+        self.config, self.folder, self.progress = config, folder, progress
+        device = find_device(config.model.device)
+        # on a CPU the matmuls of a small model are too short to share out among many cores
+        torch.set_num_threads(config.train.threads or min(os.cpu_count() or 1, 8))
+        source = checkpoint or find_folder(config.model)
+        shape, self.tokenizer = read_model_config(source), Tokenizer(source)
+        if len(self.tokenizer) > shape.vocab_size:
+            raise UserError(f"{source}: {len(self.tokenizer)} ids in the tokenizer, {shape.vocab_size} in config.json")
+        training, held_out = split_problems(load_problems(config.data), config.data.held_out)
+        self.training, self.held_out = training, held_out[: config.eval.size]
+        prompt_tokens = len(self.tokenizer.encode_prompt(question_text(training[0]), ASSISTANT_PREFIX))
+        needed, most = prompt_tokens + config.rollout.max_new_tokens, shape.max_position_embeddings
+        if needed > most:
+            raise UserError(f"{source}: prompt and rollout.max_new_tokens need {needed} positions, and it has {most}")
+        max_rows = check_memory(config, shape, prompt_tokens, device)
+        self.small_files = read_small_files(source)
+        self.policy = load_model(source, device, getattr(torch, config.model.dtype))
+        self.policy.vocabulary = len(self.tokenizer)
+        self.policy.checkpoint_layers = config.train.activation_checkpointing
+        self.sampler = Sampler(self.policy, self.tokenizer.end_ids, max_rows)
+        self.optimizer = AdamW(self.policy.parameters(), config.train)
+        if checkpoint:
+            load_optimizer(checkpoint, self.optimizer, progress)
+        self.microbatch_tokens = config.train.tokens_per_microbatch  # less once memory ran out
+        self.logbook = Logbook(folder, config, progress)
+        self.alarms = Alarms(config)
+        self.signal = 0  # the stop signal that came
+        self.seconds = {"rollout": 0.0, "update": 0.0}  # since the last step
+
+    # ---- Round the parts of a step -----------------------------------------------------------------------------
+
+    def steps(self) -> Iterator[int]:
+        """The steps that are left; Interrupted between two of them when a signal came."""
+        for step in range(self.progress.step + 1, self.config.train.steps + 1):
+            self.stop_if_asked()
+            yield step
+
+    def stop_if_asked(self) -> None:
+        if self.signal and self.optimizer.steps == self.progress.optimizer_steps:  # not after an unfinished update
+            raise Interrupted(self.signal)
+
+    def note_signal(self, number: int, frame: FrameType | None) -> None:
+        """The run stops where nothing is lost; the next signal ends it at once."""
+        self.signal = number
+        for each in STOP_SIGNALS:  # not what was set before: a shell lets background jobs ignore Ctrl-C
+            signal.signal(each, signal.default_int_handler)
+        os.write(2, b"\nstopping: finishing this phase, then saving; once more to stop at once\n")  # print may be busy
+
+    @contextmanager
+    def timed(self, phase: str) -> Iterator[None]:
+        began = time.perf_counter()
+        yield
+        self.seconds[phase] += time.perf_counter() - began
+
+    def generate(self, prompts: list[list[int]], uniforms: Tensor, sampling: Sampling) -> list[Response]:
+        """Sampler.generate; half the rows at a time whenever the GPU runs out of memory."""
+
+        def shrink() -> None:
+            self.sampler.max_rows = halved(min(self.sampler.max_rows, len(uniforms)), 1, "rows at a time")
+
+        responses = self.retried(lambda: self.sampler.generate(prompts, uniforms, sampling), shrink)
+        self.stop_if_asked()
+        return responses
+
+    def accumulate_gradient(self, episodes: list[Episode], sampling: Sampling) -> dict[str, float | None]:
+        """grpo.accumulate_gradient; smaller micro-batches whenever the GPU runs out of memory.
+
+        A gradient that comes from numbers that are not finite is dropped, so no optimizer step follows.
+        """
+        longest = max((e.length for e in episodes if e.advantage * e.token_weight), default=1)
+
+        def shrink() -> None:
+            self.microbatch_tokens = halved(self.microbatch_tokens, longest, "tokens per micro-batch")
+
+        def attempt() -> dict[str, float | None]:
+            return grpo.accumulate_gradient(self.policy, episodes, sampling, self.config.train, self.microbatch_tokens)
+
+        stats = self.retried(attempt, shrink)
+        if not finite(stats, episodes):
+            self.policy.zero_grad(set_to_none=True)
+        return stats
+
+    def retried(self, attempt: Callable[[], T], shrink: Callable[[], None]) -> T:
+        """The result of `attempt`, made again after `shrink` whenever the GPU runs out of memory.
+
+        Where CUDA cannot capture a graph, again without graphs. All randomness comes with the arguments, so another
+        attempt does the same work, up to the rounding of another batch shape.
+        """
+        while True:
+            try:
+                return attempt()
+            except RuntimeError as error:
+                memory, capture = out_of_memory(error), self.sampler.graphs and "captur" in str(error)
+                if not memory and not capture:
+                    raise
+            # only here does nothing refer to the failed attempt's tensors any more
+            torch.cuda.empty_cache()
+            if memory:
+                shrink()
+            else:
+                self.sampler.graphs = False
+                warn("CUDA graphs cannot be captured here; decoding goes on without them, more slowly")
+
+    # ---- After a step ------------------------------------------------------------------------------------------
+
+    def finish_step(self, step: int, episodes: list[Episode], stats: dict[str, Any]) -> None:
+        """Log a step, warn, keep the best weights, save a checkpoint when it is due, stop what has gone wrong."""
+        config, progress = self.config, self.progress
+        skipped = not finite(stats, episodes)
+        metrics = episode_metrics(episodes, config) | self.speed(episodes) | stats | {"skipped": int(skipped)}
+        self.logbook.write_step(step, metrics, episodes)
+        self.alarms.check(metrics, progress)
+        if skipped:
+            path = self.logbook.dump(step, episodes)
+            warn(f"step {step} is skipped: not all of its numbers are finite; its episodes are in {path}")
+        progress.step, progress.drawn = step, progress.drawn + metrics["groups"]
+        progress.optimizer_steps = self.optimizer.steps
+        progress.skipped_in_a_row = progress.skipped_in_a_row + 1 if skipped else 0
+        if metrics.get("eval_success", 0.0) > progress.best:
+            with reported("the best weights so far"):
+                save_best(self.folder, self.policy, self.small_files, step)
+                progress.best, progress.best_step = metrics["eval_success"], step
+        if config.checkpoint.every and (step % config.checkpoint.every == 0 or step == config.train.steps):
+            self.save()
+        if progress.skipped_in_a_row >= config.train.max_skips:
+            skips = f"{config.train.max_skips} steps in a row had numbers that are not finite (see the folder skipped)"
+            raise UserError(f"{skips}: train.learning_rate is too high, the weights are damaged, or the GPU is faulty")
+
+    def speed(self, episodes: list[Episode]) -> dict[str, float]:
+        """Of sampling (response tokens) and of the update (prompt and response tokens of the rows that were run)."""
+        sampled = sum(len(episode.response_ids) for episode in episodes)
+        run = sum(episode.length for episode in episodes if episode.advantage * episode.token_weight)
+        tokens = {"rollout": sampled, "update": run * self.config.train.updates_per_batch}
+        spent, self.seconds = self.seconds, {"rollout": 0.0, "update": 0.0}
+        speed = {f"{phase}_tokens_per_second": tokens[phase] / seconds for phase, seconds in spent.items()}
+        return {f"{phase}_seconds": seconds for phase, seconds in spent.items()} | speed
+
+    def save(self) -> None:
+        """Save a checkpoint of the last finished step; a failure is reported and does not stop training."""
+        with reported(f"a checkpoint of step {self.progress.step}"):
+            self.progress.files = self.logbook.flush()
+            save_checkpoint(self.folder, self.policy, self.small_files, self.optimizer, self.progress, self.config)
+
+    def finish(self) -> None:
+        """Save the trained model and say how it went."""
+        with atomic_folder(self.folder / "final") as partial:
+            save_model(self.policy, self.small_files, partial)
+        self.logbook.summarize(self.progress)
+
+
+@contextmanager
+def open_run(config: Config, folder: Path, checkpoint: Path | None, progress: Progress) -> Iterator[Run]:
+    """A Run that saves a checkpoint when a signal or an error ends it, and the trained model at its own end."""
+    run = Run(config, folder, checkpoint, progress)
+    handlers = {number: signal.signal(number, run.note_signal) for number in STOP_SIGNALS}
+    try:
+        yield run
+        run.finish()
+    except (Interrupted, UserError):
+        if run.optimizer.steps == progress.optimizer_steps:  # the weights are those of the last finished step
+            run.save()
+        raise
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+        run.logbook.close()
+
+
+def finite(stats: dict[str, Any], episodes: list[Episode]) -> bool:
+    """Whether all numbers of a step are finite: its statistics, and what the sampler computed."""
+    numbers = [value for value in stats.values() if value is not None]
+    return all(map(math.isfinite, [*numbers, *(sum(episode.old_logprobs) for episode in episodes)]))
+
+
+def halved(size: int, least: int, what: str) -> int:
+    """Half of a size that did not fit; UserError where it cannot be less."""
+    if size <= least:
+        cures = "lower rollout.max_new_tokens, set train.activation_checkpointing=true or train.optimizer=offload"
+        raise UserError(f"out of GPU memory even with {size} {what}: {cures}, or free the GPU")
+    warn(f"out of GPU memory; from now on at most {max(least, size // 2)} {what}")
+    return max(least, size // 2)
+
+
+@contextmanager
+def reported(what: str) -> Iterator[None]:
+    """What cannot be saved is reported, and does not stop training."""
+    try:
+        yield
+    except UserError as error:
+        warn(f"{what} could not be saved: {error}; training goes on")
+
+
+def find_device(name: str) -> torch.device:
+    """The torch device of `model.device`, made ready; `auto` takes a GPU where there is one."""
+    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    device = torch.device(next(kind for kind, found in there.items() if found) if name == "auto" else name)
+    if not there[device.type] or (device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count()):
+        found = ", ".join(kind for kind, found in there.items() if found)
+        raise UserError(f"model.device is {name}, but this machine has only {found}; config_tiny.yml trains on a CPU")
+    if device.type == "cuda":
+        os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")  # read at the first allocation
+        device = torch.device("cuda", device.index or 0)
+        torch.cuda.set_device(device)  # streams and graphs belong to the current one
+        torch.backends.cuda.enable_cudnn_sdp(False)  # it would plan anew for each shape, a second each time
+    return device
