@@ -203,7 +203,7 @@ def open_run(config: Config, folder: Path, checkpoint: Path | None, progress: Pr
     try:
         yield run
         run.finish()
-    except (Interrupted, UserError):
+    except (Interrupted, UserError, torch.OutOfMemoryError):
         if run.optimizer.steps == progress.optimizer_steps:  # the weights are those of the last finished step
             run.save()
         raise

@@ -25,6 +25,7 @@ from config import load_config
 from countdown_task import ASSISTANT_PREFIX, grade, problem_order, question_text
 from data_types import Episode, Problem, Progress, RolloutSettings, Sampling, UserError
 from grpo import apply_gradient, assign_advantages, assign_token_weights
+from memory import out_of_memory
 from optimizer import learning_rate
 from run import Interrupted, Run, finite, open_run
 
@@ -97,7 +98,7 @@ def choose_groups(episodes: list[Episode], settings: RolloutSettings) -> list[Ep
         return list(episodes)
     size = settings.group_size
     groups = [episodes[first : first + size] for first in range(0, len(episodes), size)]
-    active = [group for group in groups if any(episode.advantage for episode in group)]
+    active = [group for group in groups if any(e.advantage for e in group) or not finite({}, group)]
     return [episode for group in active[: settings.questions_per_step] for episode in group]
 
 
@@ -171,6 +172,14 @@ def main(argv: list[str] | None = None) -> int:
         return 128 + stop.number
     except UserError as error:
         print(f"train.py: {error}", file=sys.stderr)
+        return 2
+    except RuntimeError as error:
+        if not out_of_memory(error):
+            raise
+        print(
+            "train.py: out of GPU memory where nothing can be made smaller: set train.optimizer=offload",
+            file=sys.stderr,
+        )
         return 2
     except KeyboardInterrupt:
         print("train.py: stopped at once; what was saved before is there to --resume", file=sys.stderr)

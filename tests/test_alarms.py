@@ -313,3 +313,29 @@ def test_a_run_goes_on_while_its_disk_is_full_and_catches_up_after(calm, tmp_pat
     assert [str(left.folder) in line for line in left.complaints if line.startswith("warning")] == [True]
     assert (left.metrics(), left.samples()) == (calm.metrics(), calm.samples())
     assert left.tensors("final") == calm.tensors("final")
+
+
+@pytest.mark.parametrize("where", ["optimizer.AdamW.step", "run.load_model"])
+def test_memory_that_runs_out_where_nothing_can_shrink_is_one_line(where, tmp_path, monkeypatch):
+    """It ended in a traceback, and the steps that were done were not saved."""
+    monkeypatch.setattr(where, Mock(side_effect=torch.OutOfMemoryError("CUDA out of memory")))
+    done = run(tmp_path / "run", "train.steps=2")
+    assert (done.status, "train.optimizer=offload" in done.complaints[-1]) == (2, True)
+    assert (done.folder / "checkpoints/step-000000").exists() == (where != "run.load_model")
+
+
+def test_a_skipped_step_moves_nothing_though_its_bad_numbers_are_in_a_zero_variance_group(tmp_path, monkeypatch):
+    """Dynamic sampling left such a group out: the step was counted as skipped, and the weights moved."""
+    sample = train.sample
+
+    def one_bad_group(*arguments: Any) -> list:
+        episodes = sample(*arguments)
+        for episode in episodes[:4]:
+            episode.old_logprobs, episode.text = [math.nan] * len(episode.response_ids), ""
+        return episodes
+
+    monkeypatch.setattr(train, "sample", one_bad_group)
+    done = run(tmp_path / "run", "train.steps=1", "rollout.max_draws=2")
+    assert done.metrics()[1]["skipped"] == 1
+    progress = read_progress(done.folder / "checkpoints/step-000001")
+    assert (progress.optimizer_steps, progress.skipped_in_a_row) == (0, 1)

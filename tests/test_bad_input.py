@@ -98,10 +98,9 @@ def tensors(change: Callable[[dict[str, torch.Tensor]], object]) -> None:
 
 
 @later
-def table(path: str = "data.parquet", **columns: object) -> None:
-    Path(path).unlink(missing_ok=True)
-    Path(path).parent.mkdir(exist_ok=True)
-    pyarrow.parquet.write_table(pyarrow.table(columns), path)
+def table(**columns: object) -> None:
+    Path("data.parquet").unlink(missing_ok=True)
+    pyarrow.parquet.write_table(pyarrow.table(columns), "data.parquet")
 
 
 CONFIG_FILES = {  # content, words
