@@ -9,7 +9,8 @@ or a file from another step is found before training continues. All of it is saf
 can run no code.
 
 Resuming is exact because there is little state: weights, the optimizer's tensors, and a `Progress`. Random generators
-have none (train.py makes one for each seed, purpose and step), and the learning rate follows from the step.
+have none (train.py makes one for each seed, purpose and step), and the learning rate follows from the step. (On CUDA,
+up to kernels whose sums are not deterministic.)
 
 Left out: saving in the background, and less than everything (a 3B checkpoint is 25 GB: mind checkpoint.every and keep).
 """
@@ -85,13 +86,13 @@ def read_progress(folder: Path) -> Progress:
         state = read_json(folder / STATE)
     except UserError:
         state = {}
+    if state and state.get("version") != VERSION:
+        raise UserError(f"{folder}: written by another version of this program; resume with that one")
     intact = state.pop("checksum", None) == state_checksum(state)
     files = state["files"] if intact else {STATE: None}
     changed = [name for name in files if not (folder / name).is_file() or checksum(folder / name) != files[name]]
     if changed:
         raise UserError(f"{folder}: not as it was saved: {listed(changed)}; remove it to resume from the one before it")
-    if state.get("version") != VERSION:
-        raise UserError(f"{folder}: written by another version of this program; resume with that one")
     return Progress(**state["progress"])
 
 
@@ -147,10 +148,10 @@ def prepare_resume(run_folder: Path, config: Config) -> tuple[Path | None, Progr
     check_changes(load_config(run_folder / "config.yml"), config)
     newest = next(iter(saved(run_folder)[::-1]), None)
     if not newest and (run_folder / "final").exists():
-        raise UserError(f"{run_folder}: has ended without a checkpoint; train on with model.path={run_folder}/final")
+        raise UserError(f"{run_folder}: finished without a checkpoint; start a run with model.path={run_folder}/final")
     progress = read_progress(newest) if newest else Progress()
     if progress.step > config.train.steps:
-        raise UserError(f"{newest}: is {progress.step} steps on, and train.steps is {config.train.steps}; raise it")
+        raise UserError(f"{newest}: train.steps is {config.train.steps}, fewer than the {progress.step} done; raise it")
     for name, size in progress.files.items():
         path = run_folder / name
         if not path.is_file() or path.stat().st_size < size:

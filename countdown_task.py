@@ -13,8 +13,8 @@ What the model writes is hostile input: millions of samples pushed towards whate
 `eval` and no Python parser sees it, only a walker over a closed alphabet whose length, depth and numbers are
 bounded before it starts.
 
-Left out: credit for near misses (the policy would learn to miss nearly) and the television game's rule that
-some numbers may stay unused (the public data set does not have it).
+Left out: credit for near misses (the policy would learn to come close instead of solving) and the television game's
+rule that some numbers may stay unused (the public data set does not have it).
 """
 
 import hashlib
@@ -40,7 +40,7 @@ ASSISTANT_PREFIX = "Let me solve this step by step.\n<think>"
 def question_text(problem: Problem) -> str:
     """The user's message.
 
-    The problem stands in one piece and no other digit is in the text, so that a small tokenizer trained on it
+    The problem is one substring and no other digit is in the text, so that a small tokenizer trained on it
     can make few tokens of the rest. Every model, tiny or large, is asked in the same words.
     """
     return (

@@ -12,7 +12,7 @@ from typing import Any
 
 
 class UserError(ValueError):
-    """A mistake that a person can mend: one line that names the file, key or value and what to do.
+    """An error that the user can fix: one line that names the file, key or value and what to do.
 
     It often quotes a file or a command line, so control characters are escaped: it stays one harmless line.
     """
@@ -63,7 +63,7 @@ class Episode:
 
 @dataclass
 class Progress:
-    """How far a run is: what a resumed run needs to know besides the tensors."""
+    """How far a run has got: what a resumed run needs to know besides the tensors."""
 
     step: int = 0  # steps that are done
     drawn: int = 0  # training problems drawn so far
@@ -104,11 +104,11 @@ class RolloutSettings:
 
     group_size: int = setting(16, "responses per question", at_least=2, at_most=65536)
     questions_per_step: int = setting(16, "questions per step", at_least=1, at_most=65536)
-    max_draws: int = setting(1, "dynamic sampling: draw questions at most this often", at_least=1, at_most=100)
+    max_draws: int = setting(1, "dynamic sampling: draws per step, at most", at_least=1, at_most=100)
     max_new_tokens: int = setting(REQUIRED, "a response is truncated there, in tokens", at_least=1, at_most=2**20)
     temperature: float = setting(1.0, "the logits are divided by it", above=0)
     top_p: float = setting(1.0, "sample from the most likely tokens that sum to this", above=0, at_most=1)
-    top_k: int = setting(0, "sample from this many most likely tokens; 0: from all", at_least=0)
+    top_k: int = setting(0, "sample from the k most likely tokens; 0: from all", at_least=0)
     max_rows: int | None = setting(None, "responses sampled at the same time; null: as planned", at_least=1)
 
     @property
@@ -125,7 +125,7 @@ class TrainSettings:
     seed: int = setting(1, "of every random choice in the run", at_least=0)
     warmup_steps: int = setting(0, "steps over which the learning rate rises linearly", at_least=0)
     schedule: str = setting("constant", "the learning rate after the warm-up", choices=("constant", "cosine"))
-    weight_decay: float = setting(0.0, "pull of the weights to zero, times the learning rate", at_least=0)
+    weight_decay: float = setting(0.0, "decoupled weight decay of AdamW", at_least=0)
     optimizer: str = setting("master", "see optimizer.py", choices=("master", "split", "offload"))
     beta1: float = setting(0.9, "decay of AdamW's mean of the gradients", at_least=0, below=1)
     beta2: float = setting(0.999, "decay of AdamW's mean of the squared gradients", at_least=0, below=1)
@@ -133,9 +133,9 @@ class TrainSettings:
     divide_by_std: bool = setting(True, "divide advantages by the group's standard deviation; Dr. GRPO: false")
     objective: str = setting("reinforce", "see grpo.py", choices=("reinforce", "clipped", "truncated_is"))
     updates_per_batch: int = setting(1, "optimizer steps per batch; more than 1 needs clipped", at_least=1)
-    clip_low: float = setting(0.2, "clipped: the ratio counts down to 1 - this", above=0, at_most=1)
-    clip_high: float = setting(0.28, "clipped: the ratio counts up to 1 + this", above=0)
-    ratio_cap: float = setting(2.0, "truncated_is: the ratio counts up to this", above=0)
+    clip_low: float = setting(0.2, "clipped: lower bound of the ratio, 1 - this", above=0, at_most=1)
+    clip_high: float = setting(0.28, "clipped: upper bound of the ratio, 1 + this", above=0)
+    ratio_cap: float = setting(2.0, "truncated_is: upper bound of the ratio", above=0)
     divide_loss_by: str = setting("limit", "the loss's denominator", choices=("tokens", "responses", "limit"))
     truncated: str = setting("keep", "what becomes of truncated responses", choices=("keep", "mask", "penalize"))
     penalty_tokens: int = setting(64, "penalize: this many tokens before the limit", at_least=1)
@@ -178,7 +178,7 @@ class EvalSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class CheckpointSettings:
-    """Saving the state of the run, to resume it. The best weights by held-out success are kept besides."""
+    """Saving the state of the run, to resume it. The best weights by held-out success are kept as well."""
 
     every: int = setting(0, "steps between checkpoints; 0: only when the run is stopped", at_least=0)
     keep: int = setting(2, "the newest checkpoints are kept, this many", at_least=1)

@@ -1,4 +1,4 @@
-"""Files as this trainer wants them: JSON, flushed to the disk, and folders that appear whole or not at all."""
+"""File helpers: JSON, flushed to the disk, and folders that appear whole or not at all."""
 
 import hashlib
 import json

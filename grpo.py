@@ -8,7 +8,7 @@ The paper is DeepSeekMath (arXiv 2402.03300), section 4.1. How this departs from
    is that of eq. 3. With several (train.updates_per_batch, algorithm 1 line 10) choose `clipped`.
 3. The loss is divided by the length limit, not by each response's own length (train.divide_loss_by): Dr. GRPO
    (arXiv 2503.20783) shows that the latter penalizes long wrong responses too little.
-4. Groups whose rewards are all equal have zero advantage. Their rows are not run at all, but they count in the
+4. Groups whose rewards are all equal have zero advantage. Their rows get no forward pass, but they count in the
    denominator of the loss.
 
 The other choices on which the papers differ are settings too, a line or two each:
@@ -39,7 +39,7 @@ MAX_PADDING = 0.05  # share of a micro-batch that may be padding
 def assign_advantages(episodes: list[Episode], config: Config) -> int:
     """Give each episode its advantage; returns the number of zero-variance groups. Section 4.1.2, outcome supervision.
 
-    The episodes of a group stand together, `rollout.group_size` of them. In float64, with the population's standard
+    The episodes of a group are adjacent, `rollout.group_size` of them. In float64, with the population's standard
     deviation. Rewards [1.1, 0.1, 0.1, 0.0] give advantages [1.72, -0.50, -0.50, -0.72].
     """
     scores = [episode.reward.total + length_penalty(episode, config) for episode in episodes]
@@ -95,9 +95,9 @@ def objective(logprobs: Tensor, old_logprobs: Tensor, advantage: Tensor, setting
 def accumulate_gradient(
     policy: Qwen2, episodes: list[Episode], sampling: Sampling, settings: TrainSettings, tokens_per_microbatch: int
 ) -> dict[str, float | None]:
-    """Leave the gradient of the batch's loss in the parameters' .grad: eq. 3, with the sign turned.
+    """Leave the gradient of the batch's loss in the parameters' .grad: eq. 3, with the sign flipped.
 
-    Returns the loss and, as means over the tokens of the rows that were run (None where there are none): entropy,
+    Returns the loss and, as means over the tokens of the active rows (None where there are none): entropy,
     approx_kl, logprob_gap (mean |log ratio|: sampler against trainer) and clip_fraction (ratios outside the clip).
     """
     policy.zero_grad(set_to_none=True)
@@ -120,7 +120,7 @@ def accumulate_gradient(
                 approx_kl = ratio - 1 - log_ratio  # http://joschu.net/blog/kl-approx.html, k3
                 outside = (ratio < 1 - settings.clip_low) | (ratio > 1 + settings.clip_high)
                 statistics = [loss.detach(), entropy.sum(), approx_kl.sum(), log_ratio.abs().sum(), outside.sum()]
-            sums += torch.stack(statistics).cpu().double()  # the only synchronization of a micro-batch
+            sums += torch.stack(statistics).cpu().double()  # the CPU waits here, not in between
             bar.update(len(batch))
     tokens = sum(len(episode.response_ids) for episode in active)
     loss_sum, *others = sums.tolist()
@@ -131,7 +131,7 @@ def accumulate_gradient(
 def apply_gradient(policy: Qwen2, optimizer: AdamW, max_norm: float) -> float:
     """One optimizer step along the gradient, scaled down to `max_norm`; returns the gradient's norm before.
 
-    A gradient that is not finite moves nothing, nor does one of zero: momentum alone takes no step.
+    A gradient that is zero or not finite skips the optimizer step, so momentum alone never moves the weights.
     """
     norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), max_norm).item()
     if norm > 0 and math.isfinite(norm):
@@ -144,14 +144,14 @@ def apply_gradient(policy: Qwen2, optimizer: AdamW, max_norm: float) -> float:
 
 
 def micro_batches(lengths: list[int], budget: int) -> list[list[int]]:
-    """Row numbers, cut into micro-batches of at most `budget` tokens, of which at most 5 % is padding.
+    """Row indices, split into micro-batches of at most `budget` tokens, of which at most 5 % is padding.
 
-    Longest first, so that running out of memory shows in the first micro-batch. A row longer than the budget stands
-    alone. A token's weight does not depend on how the batch is cut, so neither does the gradient.
+    Longest first, so that running out of memory shows in the first micro-batch. A row longer than the budget gets
+    one of its own. A token's weight does not depend on how the batch is cut, so neither does the gradient.
     """
     order = sorted(range(len(lengths)), key=lambda row: (-lengths[row], row))
     batches: list[list[int]] = []
-    real = 0  # tokens of the last micro-batch that are no padding
+    real = 0  # tokens of the last micro-batch that are not padding
     for row in order:
         area = (len(batches[-1]) + 1) * lengths[batches[-1][0]] if batches else 0
         if batches and area <= budget and real + lengths[row] >= (1 - MAX_PADDING) * area:
@@ -177,7 +177,7 @@ def response_logprobs(policy: Qwen2, episodes: list[Episode], sampling: Sampling
     places = [b * width + t - 1 for b, e in enumerate(episodes) for t in range(len(e.prompt_ids), len(rows[b]))]
     predicting = torch.tensor(places, device=device)  # (N,)
     targets = torch.tensor([token for episode in episodes for token in episode.response_ids], device=device)  # (N,)
-    hidden = policy(tokens).flatten(0, 1)[predicting]  # (N, hidden)
+    hidden = policy(tokens).flatten(0, 1).index_select(0, predicting)  # (N, hidden)
 
     def chunk(hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         distribution = warp(policy.logits(hidden), sampling, keep=targets).log_softmax(dim=-1)  # (C, V)

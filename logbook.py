@@ -67,7 +67,7 @@ class Logbook:
             yield
         except OSError as error:
             if not self.warned:
-                warn(f"{self.folder}: cannot be written: {error.strerror}; training goes on")
+                warn(f"{self.folder}: cannot be written: {error.strerror}; training continues")
             self.warned = True
 
     def close(self) -> None:

@@ -61,11 +61,12 @@ def plan_memory(config: Config, shape: Qwen2Config, prompt_tokens: int, availabl
 
     columns = round_up(prompt_tokens + rollout.max_new_tokens, COLUMN_BLOCK)
     row_cache = 2 * layers * shape.num_key_value_heads * shape.head_dim * columns * size
-    row_logits = 2 * 3 * 4 * vocabulary  # logits, probabilities and their running sum, fp32; again in the graphs' pool
+    warped = 28 * vocabulary if rollout.top_k or rollout.top_p < 1 else 0  # sorting logits, per token
+    row_logits = 2 * (12 * vocabulary + warped)  # logits, probabilities, running sum; again in the graphs' pool
     prefill = max(PREFILL_TOKENS, prompt_tokens) * 1.25 * activations(shape, size)
     wanted = max(rollout.questions_per_step * rollout.group_size, config.eval.size)
     room = available - sum(always.values()) - prefill
-    rows = max(1, int(min(wanted, rollout.max_rows or wanted, room // (row_cache + row_logits))))
+    rows = max(1, int(min(wanted, rollout.max_rows or wanted, room / (row_cache + row_logits))))
     sampling = {
         f"sampling: KV cache, {rows} rows of {columns} tokens": rows * row_cache,
         "sampling: logits and prefill": max(rows * row_logits, prefill),
@@ -75,7 +76,7 @@ def plan_memory(config: Config, shape: Qwen2Config, prompt_tokens: int, availabl
     layer = tokens * activations(shape, size)
     kept = layers * (tokens * shape.hidden_size * size if train.activation_checkpointing else layer)
     embedding = 4 * vocabulary * shape.hidden_size  # the gradient of the embedding, which the head may share, fp32
-    chunk = 4 * 4 * CHUNK_TOKENS * vocabulary
+    chunk = CHUNK_TOKENS * (16 * vocabulary + warped)
     slices = (12 if train.optimizer == "offload" else 6) * 4 * SLICE
     update = {
         "update: gradients (fp32)": 4 * weights,
@@ -117,5 +118,5 @@ def advice(config: Config, plan: MemoryPlan) -> str:
 
 
 def out_of_memory(error: RuntimeError) -> bool:
-    """Whether this is about the GPU's memory: cuBLAS and graphs have words of their own for it."""
+    """Whether this is about the GPU's memory: cuBLAS and graphs report it in other words."""
     return isinstance(error, torch.OutOfMemoryError) or bool(re.search("out of memory|ALLOC_FAILED", str(error)))

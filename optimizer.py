@@ -71,9 +71,6 @@ class AdamW:
         self.mode, self.learning_rate, self.steps = settings.optimizer, settings.learning_rate, 0
         self.device = self.parameters[0].device
         self.rounding = torch.Generator(self.device)
-        self.streaming = self.mode == "offload" and self.device.type == "cuda"
-        if self.streaming:
-            self.inward, self.outward = torch.cuda.Stream(self.device), torch.cuda.Stream(self.device)
         for parameter in self.parameters:
             parameter.grad_dtype = torch.float32  # autograd casts and adds up in fp32
         self.states = [self._new_state(parameter.detach().view(-1)) for parameter in self.parameters]
@@ -87,34 +84,29 @@ class AdamW:
             del dtypes["master"]  # the weight is its own
         place = torch.device("cpu") if self.mode == "offload" else weight.device
         state = {name: torch.zeros(weight.shape, dtype=dtype, device=place) for name, dtype in dtypes.items()}
-        if self.streaming:
-            state = {name: tensor.pin_memory() for name, tensor in state.items()}
+        if place != weight.device:  # pinned, so that copies run at the bus's full speed
+            state = {name: tensor.pin_memory() if weight.is_cuda else tensor for name, tensor in state.items()}
         if "master" in state:
             state["master"].copy_(weight)
         return state
 
     @torch.no_grad()
     def step(self) -> None:
-        """One step along the gradients, slice by slice; state that lives on the host is fetched one slice ahead."""
+        """One step along the gradients, slice by slice; state that lives on the host visits the device for it."""
         self.steps += 1
         self.rounding.manual_seed(self.steps)  # so that a resumed run rounds alike
-        work = []
         for parameter, state in zip(self.parameters, self.states, strict=True):
-            if parameter.grad is not None:
-                weight, gradient = parameter.detach().view(-1), parameter.grad.view(-1)
-                for start in range(0, len(weight), SLICE):
-                    part = slice(start, start + SLICE)
-                    work.append((weight[part], gradient[part], {name: state[name][part] for name in state}))
-        fetched = self._fetch(work[0][2]) if work else {}
-        for index, (weight, gradient, home) in enumerate(work):
-            state = fetched
-            if self.streaming:
-                torch.cuda.current_stream().wait_stream(self.inward)
-            fetched = self._fetch(work[index + 1][2]) if index + 1 < len(work) else {}
-            self._update(weight, gradient, state)
-            self._put_back(state, home)
-        if self.streaming:
-            self.outward.synchronize()
+            if parameter.grad is None:
+                continue
+            weight, gradient = parameter.detach().view(-1), parameter.grad.view(-1)
+            for start in range(0, len(weight), SLICE):
+                part = slice(start, start + SLICE)
+                home = {name: tensor[part] for name, tensor in state.items()}
+                here = {name: tensor.to(self.device, non_blocking=True) for name, tensor in home.items()}
+                self._update(weight[part], gradient[part], here)
+                for name in home:
+                    if here[name] is not home[name]:  # a copy, in offload mode only; this waits, so few are under way
+                        home[name].copy_(here[name])
 
     def _update(self, weight: Tensor, gradient: Tensor, state: dict[str, Tensor]) -> None:
         """Algorithm 2 on one slice, in fp32; `.float()` of what is fp32 already is the tensor itself."""
@@ -135,23 +127,6 @@ class AdamW:
             state["square"].copy_(round_stochastically(square, self.rounding))
         elif exact is not weight:
             weight.copy_(exact)
-
-    def _fetch(self, home: dict[str, Tensor]) -> dict[str, Tensor]:
-        """A slice of the state on the parameters' device: itself, or a copy that arrives while others are updated."""
-        if not self.streaming:
-            return home
-        with torch.cuda.stream(self.inward):
-            return {name: tensor.to(self.device, non_blocking=True) for name, tensor in home.items()}
-
-    def _put_back(self, state: dict[str, Tensor], home: dict[str, Tensor]) -> None:
-        """Send a fetched slice home, behind the work on it."""
-        if not self.streaming:
-            return
-        self.outward.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(self.outward):
-            for name, tensor in state.items():
-                home[name].copy_(tensor, non_blocking=True)
-                tensor.record_stream(self.outward)  # its memory is not reused before the copy is done
 
     def tensors(self) -> dict[str, Tensor]:
         """All of the state that is not a number, by names that stay the same from run to run."""

@@ -5,9 +5,9 @@ positions and q/k/v biases -> RMSNorm -> SwiGLU, each added to the residual stre
 may share the embedding's weights. It follows "Qwen2.5 Technical Report" (arXiv 2412.15115, section 2) and gives the
 logits of transformers' Qwen2ForCausalLM (tests/test_model.py).
 
-One module serves training, prefill and decoding. What differs between them is only where attention finds the past,
-so `forward` takes that as an argument: `attend(layer, q, k, v)` is `causal_attention` in training and a method of a
-KV cache in rollout.py while sampling.
+One module serves training, prefill and decoding. What differs between them is only where attention gets its keys and
+values, so `forward` takes that as an argument: `attend(layer, q, k, v)` is `causal_attention` in training and a method
+of a KV cache in rollout.py while sampling.
 
 Left out: dropout and sliding windows (no dense Qwen2.5 uses them), long-context rope scaling, and everything for
 other architectures. Loading and saving Hugging Face folders is model_folder.py's work.
@@ -56,8 +56,8 @@ def rope_tables(config: Qwen2Config, positions: Tensor) -> tuple[Tensor, Tensor]
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotary position embedding (RoFormer, arXiv 2104.09864, eq. 34) of x (B, T, H, D).
 
-    Dimension i turns together with dimension i + D/2, the pairing that Qwen's weights were trained with: rolling
-    by half a head brings each dimension's partner to its place, and the sign of the turn sits in `sin`.
+    Dimension i is rotated together with dimension i + D/2, the pairing that Qwen's weights were trained with: rolling
+    by half a head brings each dimension's partner to its place, and the sign of the rotation sits in `sin`.
     """
     return (x * cos + x.roll(x.shape[-1] // 2, dims=-1) * sin).to(x.dtype)
 
@@ -73,7 +73,7 @@ def causal_attention(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 class Layer(nn.Module):
-    """One transformer block. q, k and v (and gate and up) share one matrix: one large product, not three."""
+    """One transformer block. q, k and v (and gate and up) share one matrix: one large matmul instead of three."""
 
     def __init__(self, config: Qwen2Config, index: int) -> None:
         super().__init__()
@@ -145,7 +145,7 @@ class Qwen2(nn.Module):
         """
         logits = wide_matmul(hidden, self.head)  # (N, V)
         with torch.no_grad():  # their probability is 0, and so is their gradient
-            logits[:, self.vocabulary :] = -torch.inf
+            logits[:, self.vocabulary :].fill_(-torch.inf)
         return logits
 
     def hf_tensors(self) -> dict[str, Tensor]:

@@ -20,6 +20,7 @@ there is no queue to serve.
 import math
 import sys
 from bisect import bisect_left
+from contextlib import suppress
 from dataclasses import dataclass
 
 import torch
@@ -37,7 +38,7 @@ ROW_BLOCK = 32  # likewise the rows of a graph
 
 @dataclass
 class Response:
-    """One sampled response: its ids (the end token included), their logprobs, and whether the length limit cut it."""
+    """One sampled response: its ids (the end token included), their logprobs, and whether the limit truncated it."""
 
     ids: list[int]
     logprobs: list[float]
@@ -240,28 +241,42 @@ class GraphedSteps:
 
     A step of a 36-layer model is many hundred kernels; launched one by one from Python they would take longer to
     launch than to run. A graph has fixed shapes, so rows and columns are rounded up to blocks: finished rows and empty
-    columns ride along. The graphs of one rollout share a memory pool and go with it.
+    columns ride along. The graphs of one rollout share a memory pool and are freed with it.
     """
 
     def __init__(self, decoder: Decoder) -> None:
         self.decoder = decoder
         self.graphs: dict[tuple[int, int], torch.cuda.CUDAGraph | None] = {}
         self.pool = torch.cuda.graph_pool_handle()
+        self.refused = ""  # why CUDA could not capture a graph
 
     def step(self, rows: int, columns: int) -> None:
         rows = min(round_up(rows, ROW_BLOCK), len(self.decoder.rows))
         shape = (rows, round_up(columns, COLUMN_BLOCK))
-        if shape not in self.graphs:
+        graph = self.graphs.get(shape)
+        if graph is None and shape in self.graphs and not self.refused:
+            graph = self.graphs[shape] = self.capture(shape)
+        if graph is None:
             self.graphs[shape] = None  # the first step of a shape runs as usual: it warms the kernels up
             self.decoder.step(*shape)
-            return
-        graph = self.graphs[shape]
-        if graph is None:
-            graph = self.graphs[shape] = torch.cuda.CUDAGraph()
-            # capturing runs nothing; where it fails, the outer `with` puts the stream back
+        else:
+            graph.replay()
+
+    def capture(self, shape: tuple[int, int]) -> torch.cuda.CUDAGraph | None:
+        """The graph of a step, which is not run for it."""
+        graph = torch.cuda.CUDAGraph()
+        try:
+            # where capturing fails, the outer `with` puts the stream back
             with torch.cuda.stream(torch.cuda.current_stream()), torch.cuda.graph(graph, pool=self.pool):
                 self.decoder.step(*shape)
-        graph.replay()
+        except RuntimeError as error:
+            with suppress(RuntimeError):  # torch 2.11 forgets this when a capture fails (pytorch issue 180395)
+                torch._C._cuda_endAllocateToPool(torch.cuda.current_device(), self.pool)
+            if "captur" not in str(error):
+                raise
+            self.refused = str(error).partition("\n")[0]
+            return None
+        return graph
 
 
 class Sampler:
@@ -270,11 +285,12 @@ class Sampler:
     def __init__(self, policy: Qwen2, end_ids: list[int], max_rows: int = sys.maxsize) -> None:
         self.policy, self.end_ids, self.max_rows = policy, end_ids, max_rows
         self.graphs = policy.embed.weight.is_cuda
-        self.steps_per_check = 16 if self.graphs else 2  # decode steps between two looks at which rows have ended
+        on_cpu = policy.embed.weight.device.type == "cpu"
+        self.steps_per_check = 2 if on_cpu else 16  # decode steps between checks for finished rows
 
     @torch.inference_mode()
     def generate(self, prompts: list[list[int]], uniforms: Tensor, sampling: Sampling) -> list[Response]:
-        """One response per row of uniform numbers; the rows of a prompt's group stand together.
+        """One response per row of uniform numbers; the rows of a prompt's group are adjacent.
 
         uniforms: (prompts * group, max_new_tokens) fp32 in [0, 1). More than `max_rows` rows are sampled in waves, in
         whole groups where a group fits.
@@ -299,7 +315,8 @@ class Sampler:
         max_new = uniforms.shape[1]
         cache = KVCache(self.policy, [len(prompt) for prompt in prompts], prompt_of_row, max_new)
         decoder = Decoder(self.policy, cache, uniforms.to(cache.start.device), self.end_ids, sampling)
-        step = GraphedSteps(decoder).step if self.graphs else decoder.step
+        graphed = GraphedSteps(decoder) if self.graphs else None
+        step = graphed.step if graphed else decoder.step
         decoder.prefill(prompts)
         sampled = 1
         with tqdm(desc="sampling", unit=" tokens", unit_scale=True, leave=False, disable=None) as bar:
@@ -309,4 +326,7 @@ class Sampler:
                     sampled += 1
                 decoder.drop_finished()
                 bar.update(int(decoder.lengths.sum()) - bar.n)
+        if graphed and graphed.refused:
+            self.graphs = False
+            print(f"warning: decoding without CUDA graphs, more slowly: {graphed.refused}", file=sys.stderr, flush=True)
         return decoder.responses()

@@ -1,4 +1,4 @@
-"""Everything round the loop of train.py: set-up, the device, signals, memory that runs out, and what follows a step.
+"""Everything around the loop of train.py: set-up, the device, signals, memory that runs out, and what follows a step.
 
 Nothing here is part of the algorithm. `Run` holds what a run works with; two of its methods wrap the sampler and the
 gradient (`generate`, `accumulate_gradient`), and `finish_step` takes over when a step is done.
@@ -35,7 +35,7 @@ STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class Interrupted(Exception):
-    """A stop signal came: the one way in which a signal ends a run."""
+    """Raised to stop the run after SIGINT or SIGTERM."""
 
     def __init__(self, number: int) -> None:
         self.number = number
@@ -55,7 +55,8 @@ class Run:
             raise UserError(f"{source}: {len(self.tokenizer)} ids in the tokenizer, {shape.vocab_size} in config.json")
         training, held_out = split_problems(load_problems(config.data), config.data.held_out)
         self.training, self.held_out = training, held_out[: config.eval.size]
-        prompt_tokens = len(self.tokenizer.encode_prompt(question_text(training[0]), ASSISTANT_PREFIX))
+        longest = max(training + held_out, key=lambda problem: len(str(problem)))
+        prompt_tokens = len(self.tokenizer.encode_prompt(question_text(longest), ASSISTANT_PREFIX))
         needed, most = prompt_tokens + config.rollout.max_new_tokens, shape.max_position_embeddings
         if needed > most:
             raise UserError(f"{source}: prompt and rollout.max_new_tokens need {needed} positions, and it has {most}")
@@ -74,7 +75,7 @@ class Run:
         self.signal = 0  # the stop signal that came
         self.seconds = {"rollout": 0.0, "update": 0.0}  # since the last step
 
-    # ---- Round the parts of a step -----------------------------------------------------------------------------
+    # ---- Around the parts of a step -----------------------------------------------------------------------------
 
     def steps(self) -> Iterator[int]:
         """The steps that are left; Interrupted between two of them when a signal came."""
@@ -91,7 +92,8 @@ class Run:
         self.signal = number
         for each in STOP_SIGNALS:  # not what was set before: a shell lets background jobs ignore Ctrl-C
             signal.signal(each, signal.default_int_handler)
-        os.write(2, b"\nstopping: finishing this phase, then saving; once more to stop at once\n")  # print may be busy
+        text = b"\nstopping: finishing this phase, then saving; press Ctrl-C again to stop immediately\n"
+        os.write(2, text)  # print may be busy
 
     @contextmanager
     def timed(self, phase: str) -> Iterator[None]:
@@ -130,39 +132,32 @@ class Run:
     def retried(self, attempt: Callable[[], T], shrink: Callable[[], None]) -> T:
         """The result of `attempt`, made again after `shrink` whenever the GPU runs out of memory.
 
-        Where CUDA cannot capture a graph, again without graphs. All randomness comes with the arguments, so another
-        attempt does the same work, up to the rounding of another batch shape.
+        All randomness comes with the arguments, so another attempt does the same work, up to the rounding of another
+        batch shape.
         """
         while True:
             try:
                 return attempt()
             except RuntimeError as error:
-                memory, capture = out_of_memory(error), self.sampler.graphs and "captur" in str(error)
-                if not memory and not capture:
+                if not out_of_memory(error):
                     raise
-            # only here does nothing refer to the failed attempt's tensors any more
-            torch.cuda.empty_cache()
-            if memory:
-                shrink()
-            else:
-                self.sampler.graphs = False
-                warn("CUDA graphs cannot be captured here; decoding goes on without them, more slowly")
+            torch.cuda.empty_cache()  # only here does nothing refer to the failed attempt's tensors any more
+            shrink()
 
     # ---- After a step ------------------------------------------------------------------------------------------
 
     def finish_step(self, step: int, episodes: list[Episode], stats: dict[str, Any]) -> None:
         """Log a step, warn, keep the best weights, save a checkpoint when it is due, stop what has gone wrong."""
         config, progress = self.config, self.progress
-        skipped = not finite(stats, episodes)
-        metrics = episode_metrics(episodes, config) | self.speed(episodes) | stats | {"skipped": int(skipped)}
+        metrics = episode_metrics(episodes, config) | self.speed(episodes) | stats
         self.logbook.write_step(step, metrics, episodes)
         self.alarms.check(metrics, progress)
-        if skipped:
+        if stats["skipped"]:
             path = self.logbook.dump(step, episodes)
             warn(f"step {step} is skipped: not all of its numbers are finite; its episodes are in {path}")
         progress.step, progress.drawn = step, progress.drawn + metrics["groups"]
         progress.optimizer_steps = self.optimizer.steps
-        progress.skipped_in_a_row = progress.skipped_in_a_row + 1 if skipped else 0
+        progress.skipped_in_a_row = progress.skipped_in_a_row + 1 if stats["skipped"] else 0
         if metrics.get("eval_success", 0.0) > progress.best:
             with reported("the best weights so far"):
                 save_best(self.folder, self.policy, self.small_files, step)
@@ -174,7 +169,7 @@ class Run:
             raise UserError(f"{skips}: train.learning_rate is too high, the weights are damaged, or the GPU is faulty")
 
     def speed(self, episodes: list[Episode]) -> dict[str, float]:
-        """Of sampling (response tokens) and of the update (prompt and response tokens of the rows that were run)."""
+        """Of sampling (response tokens) and of the update (prompt and response tokens of the active rows)."""
         sampled = sum(len(episode.response_ids) for episode in episodes)
         run = sum(episode.length for episode in episodes if episode.advantage * episode.token_weight)
         tokens = {"rollout": sampled, "update": run * self.config.train.updates_per_batch}
@@ -234,7 +229,7 @@ def reported(what: str) -> Iterator[None]:
     try:
         yield
     except UserError as error:
-        warn(f"{what} could not be saved: {error}; training goes on")
+        warn(f"{what} could not be saved: {error}; training continues")
 
 
 def find_device(name: str) -> torch.device:

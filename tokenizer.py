@@ -19,7 +19,7 @@ from tokenizers import Tokenizer as BytePairTokenizer
 from data_types import UserError
 from files import read_json, read_text
 
-# in model folders; the last two are the older form of the first, for other programs
+# vocab.json and merges.txt are the older form of tokenizer.json, kept for other programs
 TOKENIZER_FILES = ["tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json"]
 TOKENIZER_FILES += ["vocab.json", "merges.txt"]
 

@@ -34,7 +34,7 @@ def train(run: Run) -> None:
     """GRPO: sample groups of responses, reward them, compare within the group, update the policy, repeat."""
     config, progress = run.config, run.progress
     if not progress.before:
-        progress.before = evaluate_twice(run)
+        progress.before = evaluate_fully(run)
         progress.best = progress.before["eval_success"]
         run.logbook.write_step(0, progress.before, [])
     for step in run.steps():
@@ -49,13 +49,12 @@ def train(run: Run) -> None:
             if len(batch) == config.rollout.questions_per_step * config.rollout.group_size:
                 break
         stats = update(run, step, batch)  # 4. maximize sum_t weight_t * objective(ratio_t, A)
-        if step == config.train.steps:
-            progress.after = evaluate_twice(run)
-            stats |= progress.after
-        elif config.eval.every and step % config.eval.every == 0:
+        progress.after = evaluate_fully(run) if step == config.train.steps else {}
+        stats |= progress.after
+        if not progress.after and config.eval.every and step % config.eval.every == 0:
             stats |= evaluate(run, config.eval.temperature)
         run.finish_step(step, episodes, stats)  # 5. log, warn, save
-    progress.after = progress.after or evaluate_twice(run)
+    progress.after = progress.after or evaluate_fully(run)
 
 
 def next_problems(run: Run, draw: int) -> list[Problem]:
@@ -68,7 +67,7 @@ def next_problems(run: Run, draw: int) -> list[Problem]:
 
 
 def rollout(run: Run, problems: list[Problem], step: int, draw: int) -> list[Episode]:
-    """`group_size` responses of the policy to each problem, not yet rewarded; those of a group stand together."""
+    """`group_size` responses of the policy to each problem, not yet rewarded; those of a group are adjacent."""
     generator = make_generator(run.config.train.seed, f"rollout {draw}", step)
     with run.timed("rollout"):
         return sample(run, problems, run.config.rollout.group_size, run.config.rollout.sampling, generator)
@@ -92,7 +91,7 @@ def sample(
 def choose_groups(episodes: list[Episode], settings: RolloutSettings) -> list[Episode]:
     """The episodes to learn from: with dynamic sampling (DAPO section 3.2) a batch of groups with variance.
 
-    One draw per step is taken as it is: its zero-variance groups add no gradient but count in the loss's denominator.
+    With one draw per step all groups are kept: zero-variance ones add no gradient but count in the loss's denominator.
     """
     if settings.max_draws == 1:
         return list(episodes)
@@ -117,8 +116,8 @@ def update(run: Run, step: int, batch: list[Episode]) -> dict[str, float | None]
             stats["grad_norm"] = apply_gradient(run.policy, run.optimizer, settings.max_grad_norm)
             updates.append(stats)
             if not finite(stats, batch):
-                return stats
-    return {**updates[0], "clip_fraction": updates[-1]["clip_fraction"]}
+                return {**stats, "skipped": 1}
+    return {**updates[0], "clip_fraction": updates[-1]["clip_fraction"], "skipped": 0}
 
 
 def evaluate(run: Run, temperature: float) -> dict[str, float]:
@@ -130,7 +129,7 @@ def evaluate(run: Run, temperature: float) -> dict[str, float]:
     return {"eval_success": rate, "eval_success_se": math.sqrt(rate * (1 - rate) / len(correct))}
 
 
-def evaluate_twice(run: Run) -> dict[str, float]:
+def evaluate_fully(run: Run) -> dict[str, float]:
     """The evaluation before and after training: sampled, greedy, and at the config's temperature."""
     configured = run.config.eval.temperature
     results = {temperature: evaluate(run, temperature) for temperature in {1.0, 0.0, configured}}
@@ -182,7 +181,7 @@ def main(argv: list[str] | None = None) -> int:
         )
         return 2
     except KeyboardInterrupt:
-        print("train.py: stopped at once; what was saved before is there to --resume", file=sys.stderr)
+        print("train.py: stopped at once; --resume continues from the last checkpoint", file=sys.stderr)
         return 130
     return 0
 

@@ -4,6 +4,7 @@ Most tests are short runs of the tiny config, each disturbed in one place; the r
 should have come out.
 """
 
+import contextlib
 import math
 import re
 import shutil
@@ -78,8 +79,8 @@ def test_what_takes_several_steps_or_several_warnings(capsys):
         assert [check(alarms, capsys, success=value) for value in [1 / 256] + [0.0] * 9] == [[]] * 10
     (warning,) = check(alarms, capsys, success=0.0)
     assert FIRST_SETTING.search(warning).group() == "data.*"
-    assert check(alarms, capsys, logprob_gap=0.01) == [], "bf16 may differ more than fp32"
-    outside = {"zero_variance": 16, "truncated": 1.0, "entropy": 0.001, "logprob_gap": 0.011, "eval_success": 0.0}
+    assert check(alarms, capsys, logprob_gap=0.02) == [], "real Qwen2.5 weights in bf16 have 0.011"
+    outside = {"zero_variance": 16, "truncated": 1.0, "entropy": 0.001, "logprob_gap": 0.06, "eval_success": 0.0}
     assert len(set(check(alarms, capsys, **outside))) == 5
 
 
@@ -210,10 +211,14 @@ def amid_an_update(patch, number: int) -> None:
 
 
 def no_graphs(patch) -> None:
-    """Some drivers and debuggers refuse to capture a graph."""
+    """Some drivers and debuggers refuse to capture a graph; torch 2.11 must then be told that the capture is over."""
     init, refused = Sampler.__init__, RuntimeError("CUDA error: operation not permitted when stream is capturing")
     patch.setattr(Sampler, "__init__", lambda self, *others: (init(self, *others), setattr(self, "graphs", True))[0])
-    patch.setattr("rollout.GraphedSteps", Mock(return_value=Mock(step=Mock(side_effect=refused))))
+    for name in ("CUDAGraph", "graph_pool_handle", "current_stream", "current_device"):
+        patch.setattr(torch.cuda, name, Mock())
+    patch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext())
+    patch.setattr(torch.cuda, "graph", Mock(side_effect=refused))
+    patch.setattr(torch._C, "_cuda_endAllocateToPool", Mock(), raising=False)
 
 
 TROUBLES = {  # what happens, and what the warnings name
@@ -224,7 +229,7 @@ TROUBLES = {  # what happens, and what the warnings name
     ),
     "forward": (lambda patch: amid_an_update(patch, 5), "1024 tokens"),
     "backward": (lambda patch: amid_an_update(patch, 6), "1024 tokens"),  # there the head is computed again
-    "graphs": (no_graphs, "without them"),
+    "graphs": (no_graphs, "without CUDA graphs"),
 }
 
 

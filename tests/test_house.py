@@ -10,7 +10,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 ASIDE = {"benchmark.py", "make_tiny.py", "plot.py"}  # a training run does not import them
-ALGORITHM = {"train.py", "rollout.py", "grpo.py", "qwen2_model.py", "countdown_task.py"}
+ALGORITHM = {"train.py", "rollout.py", "grpo.py", "qwen2_model.py"}  # and the reward
 LAYOUT = {tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER}
 DEFINITIONS = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
 
@@ -28,12 +28,13 @@ def code_lines(text: str) -> int:
 def test_the_core_fits_one_sitting():
     lines = {path.name: code_lines(path.read_text()) for path in sorted(ROOT.glob("*.py"))}
     core = sum(count for name, count in lines.items() if name not in ASIDE)
-    algorithm = sum(lines[name] for name in ALGORITHM)
+    reward = code_lines((ROOT / "countdown_task.py").read_text().partition("# ---- Problems from parquet")[0])
+    algorithm = sum(lines[name] for name in ALGORITHM) + reward
     tests = sum(len(path.read_text().splitlines()) for path in (ROOT / "tests").glob("*.py"))
     print("\n" + "\n".join(f"{name:22s} {count:5d}" for name, count in lines.items()))
     print(f"core {core}, of it the algorithm {algorithm}; tests {tests} lines, blanks and comments included")
     assert core <= 1870  # the aim is 1,500: LOG.md says what stands in its way
-    assert algorithm <= 705  # likewise 600
+    assert algorithm <= 670  # likewise 600
     assert lines["benchmark.py"] <= 450
     assert tests <= 4750
 
