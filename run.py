@@ -107,6 +107,7 @@ class Run:
         def shrink() -> None:
             self.sampler.max_rows = halved(min(self.sampler.max_rows, len(uniforms)), 1, "rows at a time")
 
+        self.stop_if_asked()  # before and after: all that follows may take minutes
         responses = self.retried(lambda: self.sampler.generate(prompts, uniforms, sampling), shrink)
         self.stop_if_asked()
         return responses

@@ -104,7 +104,7 @@ STOPS = {  # (what is called, for the n-th time, when the signals come; checkpoi
     "last step": (train, "update", 3, [SIGINT], 0, STEPS),  # nothing is left to stop
     "rollout, twice": (train, "grade", 1, [SIGINT, SIGINT], 0, 5),
     "evaluation, twice": (train, "evaluate", 1, [SIGTERM, SIGINT], 0, 5),
-    "evaluation, an error": (train, "evaluate", 1, [], 0, 5),  # its weights are ahead of the finished step
+    "evaluation, an error": (train, "evaluate", 2, [], 0, 5),  # the weights are ahead of step 7
     "saving, twice": (os, "rename", 1, [SIGINT, SIGTERM], 2, 5),
 }
 
