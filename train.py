@@ -124,7 +124,7 @@ def evaluate(run: Run, temperature: float) -> dict[str, float]:
     """Success on the held-out problems, one response each, and its standard error."""
     generator = make_generator(run.config.train.seed, "evaluation", 0)  # the same numbers for every evaluation
     episodes = sample(run, run.held_out, 1, Sampling(temperature), generator)
-    correct = [grade(e.text, e.truncated, e.problem).correct for e in episodes]
+    correct = [grade(e.text, e.truncated, e.problem).correct > 0 for e in episodes]
     rate = sum(correct) / len(correct)
     return {"eval_success": rate, "eval_success_se": math.sqrt(rate * (1 - rate) / len(correct))}
 
