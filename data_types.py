@@ -132,9 +132,7 @@ class TrainSettings:
     max_grad_norm: float = setting(1.0, "a gradient with a larger norm is scaled down to it", above=0)
     divide_by_std: bool = setting(True, "divide advantages by the group's standard deviation; Dr. GRPO: false")
     objective: str = setting("reinforce", "see grpo.py", choices=("reinforce", "clipped", "truncated_is"))
-    updates_per_batch: int = setting(
-        1, "optimizer steps per batch; more than 1 needs clipped or truncated_is", at_least=1
-    )
+    updates_per_batch: int = setting(1, "optimizer steps per batch; reinforce allows only 1", at_least=1)
     clip_low: float = setting(0.2, "clipped: lower bound of the ratio, 1 - this", above=0, at_most=1)
     clip_high: float = setting(0.28, "clipped: upper bound of the ratio, 1 + this", above=0)
     ratio_cap: float = setting(2.0, "truncated_is: upper bound of the ratio", above=0)
