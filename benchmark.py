@@ -212,13 +212,13 @@ class Workload:
         """Episodes with advantages and token weights; random weights are right every second time, in 3 of 4 groups."""
         episodes = []
         for row, response in enumerate(responses):
-            ids, truncated, group = response.ids, response.truncated, row // self.config.rollout.group_size
+            truncated, group = response.truncated, row // self.config.rollout.group_size
             text, reward = "", Reward(0.1, float(row % 2 and group % 4 != 3))
             if self.tokenizer:
-                text = self.tokenizer.decode(ids if truncated else ids[:-1])
+                text = self.tokenizer.decode(response.text_ids)
                 reward = grade(text, truncated, self.problems[group])
             problem, prompt = self.problems[group], self.prompts[group]
-            episodes.append(Episode(problem, prompt, ids, response.logprobs, truncated, text, reward))
+            episodes.append(Episode(problem, prompt, response.ids, response.logprobs, truncated, text, reward))
         assign_advantages(episodes, self.config)
         assign_token_weights(episodes, self.config)
         return episodes
@@ -230,7 +230,7 @@ class Workload:
     @cached_property
     def active(self) -> list[Episode]:
         """The rows that an update runs."""
-        active = [episode for episode in self.episodes if episode.advantage * episode.token_weight]
+        active = [episode for episode in self.episodes if episode.active]
         if not active:
             raise UserError("all groups have zero variance: raise rollout.questions_per_step or rollout.group_size")
         return active

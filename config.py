@@ -8,14 +8,14 @@ import difflib
 import operator
 import re
 from collections.abc import Iterable, Iterator
-from dataclasses import MISSING, Field, asdict, fields
+from dataclasses import Field, asdict, fields
 from pathlib import Path
 from types import NoneType
 from typing import Any, get_args, get_origin
 
 import yaml
 
-from data_types import Config, UserError
+from data_types import REQUIRED, Config, UserError
 from files import read_text
 
 SECTIONS: dict[str, Any] = {section.name: section.type for section in fields(Config)}
@@ -31,11 +31,10 @@ def load_config(path: str | Path, overrides: Iterable[str] = ()) -> Config:
     values: dict[str, dict[str, Any]] = {section: {} for section in SECTIONS}
     for where, name, text in [*file_settings(path), *map(override_setting, overrides)]:
         section, _, key = name.partition(".")
-        value = read_setting(where, name, text)  # first: it knows the names
-        values[section][key] = value
+        values[section][key] = read_setting(where, name, text)  # evaluated first: it knows the names
     for name, spec in SETTINGS.items():
         section, _, key = name.partition(".")
-        if spec.default is MISSING and key not in values[section]:
+        if spec.default is REQUIRED and key not in values[section]:
             raise UserError(f"{path}: {name} is missing: {spec.metadata['meaning']} ({allowed(spec)})")
     config = Config(**{section: kind(**values[section]) for section, kind in SECTIONS.items()})
     size, held_out, updates = config.eval.size, config.data.held_out, config.train.updates_per_batch

@@ -156,7 +156,7 @@ def load_problems(data: DataSettings) -> list[Problem]:
     """
     problems = [problem for file in _parquet_files(data) for problem in _read_parquet(file)]
     low, high = data.target_low or 1, data.target_high or MAX_NUMBER
-    counts = data.number_counts or range(MAX_NUMBER)
+    counts = data.number_counts or range(2, 7)
     kept = [problem for problem in problems if len(problem.numbers) in counts and low <= problem.target <= high]
     if not kept:
         filters = "data.number_counts, data.target_low or data.target_high"

@@ -7,7 +7,7 @@ and its checks and error messages all follow from that line, so adding a setting
     config.train.learning_rate  # 0.0003
 """
 
-from dataclasses import MISSING, dataclass, field
+from dataclasses import MISSING as REQUIRED, dataclass, field
 from typing import Any
 
 
@@ -60,6 +60,11 @@ class Episode:
         """Tokens of prompt and response."""
         return len(self.prompt_ids) + len(self.response_ids)
 
+    @property
+    def active(self) -> bool:
+        """Whether it adds to the gradient."""
+        return self.advantage * self.token_weight != 0.0
+
 
 @dataclass
 class Progress:
@@ -78,13 +83,12 @@ class Progress:
 
 # ---- The settings ----------------------------------------------------------------------------------------------
 
-REQUIRED = MISSING  # instead of a default: the file or an override must give a value
-
 
 def setting(default: Any, meaning: str, choices: tuple[str, ...] = (), **bounds: float) -> Any:
     """A setting, as a dataclass field: int, float, bool, str, a tuple of ints, or one of these `| None`.
 
-    choices: regular expressions, of which a text must match one. bounds: at_least, above, at_most, below.
+    default: REQUIRED where the file or an override must give a value. choices: regular expressions, of which a text
+    must match one. bounds: at_least, above, at_most, below.
     """
     return field(default=default, metadata={"meaning": meaning, "choices": choices, "bounds": bounds})
 

@@ -72,9 +72,10 @@ def assign_token_weights(episodes: list[Episode], config: Config) -> None:
     tokens = sum(len(episode.response_ids) for episode in counted)
     for episode in episodes:
         episode.token_weight = 0.0
+    divide_by = config.train.divide_loss_by
     for episode in counted:
-        limit = config.rollout.max_new_tokens if config.train.divide_loss_by == "limit" else len(episode.response_ids)
-        episode.token_weight = 1.0 / (tokens if config.train.divide_loss_by == "tokens" else len(counted) * limit)
+        length = config.rollout.max_new_tokens if divide_by == "limit" else len(episode.response_ids)
+        episode.token_weight = 1.0 / (tokens if divide_by == "tokens" else len(counted) * length)
 
 
 def objective(logprobs: Tensor, old_logprobs: Tensor, advantage: Tensor, settings: TrainSettings) -> Tensor:
@@ -101,16 +102,14 @@ def accumulate_gradient(
     approx_kl, logprob_gap (mean |log ratio|: sampler against trainer) and clip_fraction (ratios outside the clip).
     """
     policy.zero_grad(set_to_none=True)
-    device = policy.embed.weight.device
-    active = [episode for episode in episodes if episode.advantage * episode.token_weight != 0.0]
+    active = [episode for episode in episodes if episode.active]
     sums = torch.zeros(5, dtype=torch.float64)
     with tqdm(desc="updating", unit=" rows", total=len(active), leave=False, disable=None) as bar:
         for microbatch in micro_batches([episode.length for episode in active], tokens_per_microbatch):
             batch = [active[row] for row in microbatch]
-            columns = [(e.advantage, e.token_weight, logprob) for e in batch for logprob in e.old_logprobs]
-            advantage, token_weight, old_logprobs = torch.tensor(columns, dtype=torch.float32, device=device).unbind(
-                dim=1
-            )
+            rows = [(e.advantage, e.token_weight, logprob) for e in batch for logprob in e.old_logprobs]
+            columns = torch.tensor(rows, dtype=torch.float32, device=policy.embed.weight.device)  # (N, 3)
+            advantage, token_weight, old_logprobs = columns.unbind(dim=1)  # (N,) each
             logprobs, entropy = response_logprobs(policy, batch, sampling)  # (N,) each
             loss = -(token_weight * objective(logprobs, old_logprobs, advantage, settings)).sum()
             loss.backward()

@@ -24,6 +24,7 @@ Held-out problems never enter a trace; tiny/sft_problems.parquet lists those tha
 
 import argparse
 import itertools
+import json
 import random
 import re
 import time
@@ -35,14 +36,13 @@ from pathlib import Path
 import pandas
 import torch
 import torch.nn.functional as F
-from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers, trainers
-from tokenizers import Tokenizer as BytePairTokenizer
+from tokenizers import Regex, Tokenizer as BytePairTokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
 from countdown_task import ASSISTANT_PREFIX, grade, question_text, split_problems
 from data_types import Problem, Sampling
 from files import write_json
 from logbook import printable
-from model_folder import load_model, save_weights
+from model_folder import CONFIG, load_model, save_model
 from qwen2_model import Qwen2, Qwen2Config
 from rollout import Sampler
 from tokenizer import Tokenizer
@@ -337,7 +337,7 @@ def examine(model: Qwen2, tokenizer: Tokenizer, problems: list[Problem], tempera
     prompts = [tokenizer.encode_prompt(question_text(problem), ASSISTANT_PREFIX) for problem in problems]
     uniforms = torch.rand(len(problems), 320, generator=torch.Generator().manual_seed(0))
     responses = Sampler(model, tokenizer.end_ids).generate(prompts, uniforms, Sampling(temperature))
-    texts = [tokenizer.decode(r.ids if r.truncated else r.ids[:-1]) for r in responses]
+    texts = [tokenizer.decode(r.text_ids) for r in responses]
     rewards = [grade(text, r.truncated, p) for text, r, p in zip(texts, responses, problems, strict=True)]
     lines = [(found, problem) for text, problem in zip(texts, problems, strict=True) for found in LINE.findall(text)]
     equations = [right(*found[i : i + 4]) for found, _ in lines for i in (0, 4)]
@@ -386,7 +386,8 @@ def main() -> None:
         tokenizer = write_tokenizer(training, recipe, arguments.out)
         model = new_model(len(tokenizer), recipe.seed)
         teach(model, tokenizer, training, recipe)
-        save_weights(model, arguments.out, config_json(model, tokenizer))
+        small_files = {CONFIG: json.dumps(config_json(model, tokenizer)).encode()}
+        save_model(model, small_files, arguments.out)
         write_problems(problems, arguments.out / "problems.parquet")
         write_problems(training, arguments.out / "sft_problems.parquet")
     for temperature in (1.0, 0.0):

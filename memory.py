@@ -11,6 +11,7 @@ Left out: several GPUs, and the host's memory.
 """
 
 import re
+import sys
 from dataclasses import dataclass
 
 import torch
@@ -96,7 +97,7 @@ def activations(shape: Qwen2Config, size: int) -> float:
 def check_memory(config: Config, shape: Qwen2Config, prompt_tokens: int, device: torch.device) -> int:
     """Print the plan for a CUDA device and refuse what cannot fit; returns how many rows may be sampled at once."""
     if device.type != "cuda":
-        return plan_memory(config, shape, prompt_tokens).rows
+        return config.rollout.max_rows or sys.maxsize
     if config.model.dtype == "bfloat16" and not torch.cuda.is_bf16_supported(including_emulation=False):
         raise UserError("this GPU has no bfloat16: set model.dtype=float32 train.optimizer=master")
     available, total = torch.cuda.mem_get_info(device)

@@ -194,17 +194,12 @@ def save_model(model: Qwen2, small_files: dict[str, bytes], folder: Path) -> Non
     config.json stays as it was, so that nothing in it is lost, but for the type of the weights. Raises UserError when
     something cannot be written.
     """
-    with writing(folder):
-        for name, content in small_files.items():
-            (folder / name).write_bytes(content)
-    save_weights(model, folder, json.loads(small_files[CONFIG]))
-
-
-def save_weights(model: Qwen2, folder: Path, config: dict[str, Any]) -> None:
-    """Write config.json and the weights."""
+    config = json.loads(small_files[CONFIG])
     config.pop("dtype", None)  # the newer name of the next
     config["torch_dtype"] = str(model.head.dtype).removeprefix("torch.")
     with writing(folder):
+        for name, content in small_files.items():
+            (folder / name).write_bytes(content)
         write_json(folder / CONFIG, config)
         save_tensors(model.hf_tensors(), folder, "model")
 

@@ -23,6 +23,7 @@ Left out: parameter groups with settings of their own, and 8-bit moments.
 
 import math
 from collections.abc import Iterable
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -82,10 +83,10 @@ class AdamW:
             dtypes = {"master": torch.float32, "mean": torch.float32, "square": torch.float32}
         if weight.dtype == torch.float32:
             del dtypes["master"]  # the weight is its own
-        place = torch.device("cpu") if self.mode == "offload" else weight.device
-        state = {name: torch.zeros(weight.shape, dtype=dtype, device=place) for name, dtype in dtypes.items()}
-        if place != weight.device:  # pinned, so that copies run at the bus's full speed
-            state = {name: tensor.pin_memory() if weight.is_cuda else tensor for name, tensor in state.items()}
+        away = self.mode == "offload"
+        place = torch.device("cpu") if away else weight.device  # pinned, so that copies run at the bus's full speed
+        zeros = partial(torch.zeros, weight.shape, device=place, pin_memory=away and weight.is_cuda)
+        state = {name: zeros(dtype=dtype) for name, dtype in dtypes.items()}
         if "master" in state:
             state["master"].copy_(weight)
         return state

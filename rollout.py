@@ -21,7 +21,7 @@ import math
 import sys
 from bisect import bisect_left
 from contextlib import suppress
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -36,13 +36,17 @@ COLUMN_BLOCK = 128  # cache columns come in blocks, so that graphs are few and t
 ROW_BLOCK = 32  # likewise the rows of a graph
 
 
-@dataclass
-class Response:
+class Response(NamedTuple):
     """One sampled response: its ids (the end token included), their logprobs, and whether the limit truncated it."""
 
     ids: list[int]
     logprobs: list[float]
     truncated: bool
+
+    @property
+    def text_ids(self) -> list[int]:
+        """Without the end token."""
+        return self.ids if self.truncated else self.ids[:-1]
 
 
 # ---- From logits to a token ----------------------------------------------------------------------------------
@@ -285,8 +289,8 @@ class Sampler:
     def __init__(self, policy: Qwen2, end_ids: list[int], max_rows: int = sys.maxsize) -> None:
         self.policy, self.end_ids, self.max_rows = policy, end_ids, max_rows
         self.graphs = policy.embed.weight.is_cuda
-        on_cpu = policy.embed.weight.device.type == "cpu"
-        self.steps_per_check = 2 if on_cpu else 16  # decode steps between checks for finished rows
+        # decode steps between checks for finished rows
+        self.steps_per_check = 2 if policy.embed.weight.device.type == "cpu" else 16
 
     @torch.inference_mode()
     def generate(self, prompts: list[list[int]], uniforms: Tensor, sampling: Sampling) -> list[Response]:

@@ -117,7 +117,7 @@ class Run:
 
         A gradient that comes from numbers that are not finite is dropped, so no optimizer step follows.
         """
-        longest = max((e.length for e in episodes if e.advantage * e.token_weight), default=1)
+        longest = max((episode.length for episode in episodes if episode.active), default=1)
 
         def shrink() -> None:
             self.microbatch_tokens = halved(self.microbatch_tokens, longest, "tokens per micro-batch")
@@ -172,7 +172,7 @@ class Run:
     def speed(self, episodes: list[Episode]) -> dict[str, float]:
         """Of sampling (response tokens) and of the update (prompt and response tokens of the active rows)."""
         sampled = sum(len(episode.response_ids) for episode in episodes)
-        run = sum(episode.length for episode in episodes if episode.advantage * episode.token_weight)
+        run = sum(episode.length for episode in episodes if episode.active)
         tokens = {"rollout": sampled, "update": run * self.config.train.updates_per_batch}
         spent, self.seconds = self.seconds, {"rollout": 0.0, "update": 0.0}
         speed = {f"{phase}_tokens_per_second": tokens[phase] / seconds for phase, seconds in spent.items()}
@@ -194,12 +194,14 @@ class Run:
 @contextmanager
 def open_run(config: Config, folder: Path, checkpoint: Path | None, progress: Progress) -> Iterator[Run]:
     """A Run that saves a checkpoint when a signal or an error ends it, and the trained model at its own end."""
-    run = Run(config, folder, checkpoint, progress)
+    with memory_in_one_line():
+        run = Run(config, folder, checkpoint, progress)
     handlers = {number: signal.signal(number, run.note_signal) for number in STOP_SIGNALS}
     try:
-        yield run
-        run.finish()
-    except (Interrupted, UserError, torch.OutOfMemoryError):
+        with memory_in_one_line():
+            yield run
+            run.finish()
+    except (Interrupted, UserError):
         if run.optimizer.steps == progress.optimizer_steps:  # the weights are those of the last finished step
             run.save()
         raise
@@ -207,6 +209,17 @@ def open_run(config: Config, folder: Path, checkpoint: Path | None, progress: Pr
         for number, handler in handlers.items():
             signal.signal(number, handler)
         run.logbook.close()
+
+
+@contextmanager
+def memory_in_one_line() -> Iterator[None]:
+    """Memory that runs out where nothing can be made smaller: a UserError, however the GPU reports it."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not out_of_memory(error):
+            raise
+        raise UserError("out of GPU memory where nothing can be made smaller: set train.optimizer=offload") from None
 
 
 def finite(stats: dict[str, Any], episodes: list[Episode]) -> bool:

@@ -85,7 +85,6 @@ class Tokenizer:
 
 def load_bpe(path: Path) -> BytePairTokenizer:
     """The tokenizer of tokenizer.json, without the truncation and padding that its last user may have set."""
-    read_json(path)  # names the file when it is missing or broken, which the library does not
     try:
         bpe = BytePairTokenizer.from_file(str(path))
     except KeyboardInterrupt:

@@ -25,7 +25,6 @@ from config import load_config
 from countdown_task import ASSISTANT_PREFIX, grade, problem_order, question_text
 from data_types import Episode, Problem, Progress, RolloutSettings, Sampling, UserError
 from grpo import apply_gradient, assign_advantages, assign_token_weights
-from memory import out_of_memory
 from optimizer import learning_rate
 from run import Interrupted, Run, finite, open_run
 
@@ -82,7 +81,7 @@ def sample(
     episodes = []
     for row, response in enumerate(run.generate(prompts, uniforms, sampling)):
         question = row // group_size
-        text = run.tokenizer.decode(response.ids if response.truncated else response.ids[:-1])
+        text = run.tokenizer.decode(response.text_ids)
         ids, logprobs, truncated = response.ids, response.logprobs, response.truncated
         episodes.append(Episode(problems[question], prompts[question], ids, logprobs, truncated, text))
     return episodes
@@ -171,14 +170,6 @@ def main(argv: list[str] | None = None) -> int:
         return 128 + stop.number
     except UserError as error:
         print(f"train.py: {error}", file=sys.stderr)
-        return 2
-    except RuntimeError as error:
-        if not out_of_memory(error):
-            raise
-        print(
-            "train.py: out of GPU memory where nothing can be made smaller: set train.optimizer=offload",
-            file=sys.stderr,
-        )
         return 2
     except KeyboardInterrupt:
         print("train.py: stopped at once; --resume continues from the last checkpoint", file=sys.stderr)

@@ -14,8 +14,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 from plain_policy import DEVICES, UNCUT, VOCABULARY, as_episodes, plain_distribution, small_policy
 from torch import Tensor
 

@@ -14,8 +14,7 @@ import torch
 import torch.nn.functional as F
 from plain_policy import DEVICES, UNCUT, as_episodes
 from torch import Tensor, nn
-from transformers import Qwen2Config as ReferenceConfig
-from transformers import Qwen2ForCausalLM
+from transformers import Qwen2Config as ReferenceConfig, Qwen2ForCausalLM
 
 import qwen2_model
 from data_types import Episode, Sampling

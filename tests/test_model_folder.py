@@ -21,8 +21,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from small_hub import small_hub
 from torch import Tensor
-from transformers import AutoModelForCausalLM, Qwen2ForCausalLM
-from transformers import Qwen2Config as ReferenceConfig
+from transformers import AutoModelForCausalLM, Qwen2Config as ReferenceConfig, Qwen2ForCausalLM
 
 import hub
 import model_folder
