@@ -46,10 +46,10 @@ class Alarms:
         self.best_success = max(self.best_success, success)
         self.steps_without_success = 0 if success > 0 else self.steps_without_success + 1
         collapsed = self.best_success >= 0.1 and success < 0.1 * self.best_success
-        fallen = progress.best - metrics.get("eval_success", progress.best)
+        fallen = progress.best - metrics.get("eval_greedy", progress.best)
         troubles = {
             "collapsed": collapsed,
-            "worse": fallen > max(0.1, 4 * metrics.get("eval_success_se", 0.0)),
+            "worse": fallen > max(0.1, 4 * metrics.get("eval_greedy_se", 0.0)),
             "zero variance": metrics["zero_variance"] > metrics["groups"] / 2 and not collapsed,
             "no success": self.steps_without_success >= PATIENCE and not collapsed,
             "entropy": entropy is not None and entropy < 0.1 * (self.first_entropy or 0.0),

@@ -196,14 +196,14 @@ class Workload:
             self.policy = load_model(folder, self.device, dtype)
             self.policy.vocabulary = len(tokenizer)
         self.policy.checkpoint_layers = config.train.activation_checkpointing
-        config = replace(config, eval=replace(config.eval, size=1))  # more rows than a step's are not sampled here
+        config = replace(config, data=replace(config.data, held_out=1))  # more rows than a step's are not sampled here
         self.plan = plan_memory(config, self.policy.config, max(map(len, self.prompts)), available)
-        self.sampler = Sampler(self.policy, self.tokenizer.end_ids if self.tokenizer else [], self.plan.rows)
+        self.sampler = Sampler(self.policy, self.tokenizer.end_ids if self.tokenizer else [])
         self.optimizer_seconds: list[float] = []  # of each update
 
     def sample(self) -> list[Response]:
         with patch.object(rollout, "Decoder", Decoder if self.tokenizer else ForcedDecoder):
-            return self.sampler.generate(self.prompts, self.uniforms, self.config.rollout.sampling)
+            return self.sampler.generate(self.prompts, self.uniforms, self.config.rollout.sampling, self.plan.rows)
 
     def count_sampled(self) -> int:
         return sum(len(response.ids) for response in self.sample())
@@ -461,7 +461,7 @@ def attention(work: Workload, options: argparse.Namespace) -> Figures:
 
 
 def attention_step(work: Workload, rows: int, columns: int) -> Figures:
-    config, cache = work.policy.config, KVCache(work.policy, [columns - 1], [0] * rows, 1)
+    config, cache = work.policy.config, KVCache(work.policy, [columns - 1], rows, 1)
     cache.mask_columns(rows, columns)
     q = cache.data.new_ones(rows, config.num_attention_heads, 1, config.head_dim)
     k = cache.data.new_ones(rows, config.num_key_value_heads, 1, config.head_dim)
@@ -479,7 +479,7 @@ def decode(work: Workload, options: argparse.Namespace) -> Figures:
 
 
 def decode_step(work: Workload, rows: int, columns: int) -> Figures:
-    cache = KVCache(work.policy, [columns - 32], [0] * rows, 32)  # room for 32 steps
+    cache = KVCache(work.policy, [columns - 32], rows, 32)  # room for 32 steps
     uniforms = torch.rand(rows, 32, device=work.device)
     decoder = Decoder(work.policy, cache, uniforms, [], work.config.rollout.sampling)
     figures = {"launched_seconds": median_seconds(partial(decoder.step, rows, columns), work.device)}

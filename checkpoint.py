@@ -4,9 +4,9 @@
     runs/NAME/checkpoints/best-000040/    a model folder: the weights with the best held-out success so far
 
 A folder is written as NAME.partial and gets its name when every byte of it is on the disk, so a process that dies while
-saving leaves nothing that could be mistaken for a checkpoint. state.json holds a checksum of every file: a flipped bit
-or a file from another step is found before training continues. All of it is safetensors and JSON: loading a checkpoint
-can run no code.
+saving leaves nothing that could be mistaken for a checkpoint. checksums.json has the SHA-256 of every other file: a
+flipped bit or a file from another step is found before training continues. All of it is safetensors and JSON: loading
+a checkpoint can run no code.
 
 Resuming is exact because there is little state: weights, the optimizer's tensors, and a `Progress`. Random generators
 have none (train.py makes one for each seed, purpose and step), and the learning rate follows from the step. (On CUDA,
@@ -15,14 +15,11 @@ up to kernels whose sums are not deterministic.)
 Left out: saving in the background, and less than everything (a 3B checkpoint is 25 GB: mind checkpoint.every and keep).
 """
 
-import hashlib
-import json
 import os
 import shutil
 import time
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 from config import load_config
 from data_types import Config, Progress, UserError
@@ -33,7 +30,7 @@ from model_folder import read_header, read_tensor, save_model, save_tensors
 from optimizer import AdamW
 from qwen2_model import Qwen2
 
-STATE, VERSION = "state.json", 2
+CHECKSUMS, VERSION = "checksums.json", 3
 FIXED = ("model.path", "model.revision", "model.dtype", "data.", "train.seed", "train.optimizer")  # within a run
 
 
@@ -54,9 +51,8 @@ def save_checkpoint(
     with atomic_folder(folder) as partial:
         save_model(policy, small_files, partial)
         save_tensors(optimizer.tensors(), partial, "optimizer")
-        files = {path.name: checksum(path) for path in sorted(partial.iterdir())}
-        state = {"version": VERSION, "progress": asdict(progress), "files": files}
-        write_json(partial / STATE, {**state, "checksum": state_checksum(state)})
+        write_json(partial / "state.json", {"version": VERSION, "progress": asdict(progress)})
+        write_json(partial / CHECKSUMS, {path.name: checksum(path) for path in sorted(partial.iterdir())})
     for old in saved(run_folder)[: -config.checkpoint.keep]:
         remove_folder(old)
 
@@ -76,23 +72,16 @@ def saved(run_folder: Path, kind: str = "step") -> list[Path]:
     return sorted((run_folder / "checkpoints").glob(f"{kind}-" + "[0-9]" * 6))
 
 
-def state_checksum(state: dict[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(state, sort_keys=True).encode()).hexdigest()
-
-
 def read_progress(folder: Path) -> Progress:
     """The Progress of a checkpoint whose files are all as they were saved; else UserError names those that are not."""
-    try:
-        state = read_json(folder / STATE)
-    except UserError:
-        state = {}
-    if state and state.get("version") != VERSION:
-        raise UserError(f"{folder}: written by another version of this program; resume with that one")
-    intact = state.pop("checksum", None) == state_checksum(state)
-    files = state["files"] if intact else {STATE: None}
-    changed = [name for name in files if not (folder / name).is_file() or checksum(folder / name) != files[name]]
+    sums = read_json(folder / CHECKSUMS)
+    there = {path.name: checksum(path) for path in folder.iterdir() if path.name != CHECKSUMS}
+    changed = sorted(name for name in sums.keys() | there.keys() if sums.get(name) != there.get(name))
     if changed:
         raise UserError(f"{folder}: not as it was saved: {listed(changed)}; remove it to resume from the one before it")
+    state = read_json(folder / "state.json")
+    if state["version"] != VERSION:
+        raise UserError(f"{folder}: written by another version of this program; resume with that one")
     return Progress(**state["progress"])
 
 

@@ -10,8 +10,7 @@ import re
 from collections.abc import Iterable, Iterator
 from dataclasses import Field, asdict, fields
 from pathlib import Path
-from types import NoneType
-from typing import Any, get_args, get_origin
+from typing import Any
 
 import yaml
 
@@ -37,9 +36,7 @@ def load_config(path: str | Path, overrides: Iterable[str] = ()) -> Config:
         if spec.default is REQUIRED and key not in values[section]:
             raise UserError(f"{path}: {name} is missing: {spec.metadata['meaning']} ({allowed(spec)})")
     config = Config(**{section: kind(**values[section]) for section, kind in SECTIONS.items()})
-    size, held_out, updates = config.eval.size, config.data.held_out, config.train.updates_per_batch
-    if size > held_out:
-        raise UserError(f"{path}: eval.size is {size}; it must be at most data.held_out, which is {held_out}")
+    updates = config.train.updates_per_batch
     if config.train.optimizer == "split" and config.model.dtype != "bfloat16":
         raise UserError(f"{path}: train.optimizer split is for model.dtype bfloat16; set train.optimizer=master")
     if config.train.objective == "reinforce" and updates > 1:  # the second update is off-policy
@@ -81,50 +78,31 @@ def read_yaml(where: str, text: str) -> Any:
         raise UserError(f"{where}: not YAML: {' '.join(str(error).split())}") from None
 
 
-def read_setting(where: str, name: str, value: Any) -> Any:
-    """What `value` (YAML's strings) means for the setting `name`, such as "train.steps"."""
+def read_setting(where: str, name: str, text: Any) -> Any:
+    """What `text` (YAML's string) means for the setting `name`, such as "train.steps"."""
     if name not in SETTINGS:
         raise UserError(f"{where}: unknown setting {name}; {suggestion(name, SETTINGS)}")
     spec = SETTINGS[name]
-    kind, optional, many = parts(spec)
-    if optional and value in ("", "null", "~", None):
-        return None
-    try:
-        items = [read_scalar(spec, kind, item) for item in (value if many and isinstance(value, list) else [value])]
-    except (ValueError, TypeError, KeyError):
-        raise UserError(f"{where}: {name} is {value or 'empty'}; it must be {allowed(spec)}") from None
-    return tuple(items) if many else items[0]
-
-
-def read_scalar(spec: Field, kind: type, text: str) -> Any:
-    """The value that `text` stands for; ValueError, TypeError or KeyError where the setting does not allow it."""
-    if not isinstance(text, str):  # a list or a section
-        raise TypeError
-    value = {"true": True, "false": False}[text] if kind is bool else kind(text)
+    kind: Any = spec.type
     choices, bounds = spec.metadata["choices"], spec.metadata["bounds"].items()
-    good: Any = text and (not choices or re.fullmatch("|".join(choices), text))
-    if kind in (int, float):
-        good = abs(value) < 2**32 and all(BOUNDS[name](value, bound) for name, bound in bounds)
+    try:
+        value = {"true": True, "false": False}[text] if kind is bool else kind(text)
+        good = isinstance(text, str) and text and (not choices or re.fullmatch("|".join(choices), text))
+        if kind in (int, float):
+            good = abs(value) < 2**32 and all(BOUNDS[bound](value, limit) for bound, limit in bounds)
+    except (ValueError, TypeError, KeyError):
+        good = False
     if not good:
-        raise ValueError
+        raise UserError(f"{where}: {name} is {text or 'empty'}; it must be {allowed(spec)}")
     return value
-
-
-def parts(spec: Field) -> tuple[Any, bool, bool]:
-    """Of a setting's type: the type of one value, whether None is allowed, whether it is a tuple."""
-    optional = NoneType in get_args(spec.type)
-    kind = get_args(spec.type)[0] if optional else spec.type
-    many = get_origin(kind) is tuple
-    return get_args(kind)[0] if many else kind, optional, many
 
 
 def allowed(spec: Field) -> str:
     """The values that a setting may take, in words."""
-    kind, optional, many = parts(spec)
+    kind: Any = spec.type
     words = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}[kind]
-    bounds = [f"{name.replace('_', ' ')} {bound}" for name, bound in spec.metadata["bounds"].items()]
-    words = ", ".join([" or ".join(spec.metadata["choices"]) or words, *bounds, *["or null"] * optional])
-    return f"a list, each {words}" if many else words
+    bounds = [f"{name.replace('_', ' ')} {limit}" for name, limit in spec.metadata["bounds"].items()]
+    return ", ".join([" or ".join(spec.metadata["choices"]) or words, *bounds])
 
 
 def suggestion(name: str, known: dict[str, Any]) -> str:

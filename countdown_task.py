@@ -9,21 +9,24 @@ is all the reward this trainer needs: no reward model, no judge, no labelled ste
     load_problems                       problems from parquet files and hub data
     split_problems, problem_order       what is held out, and in which order the rest is trained on
 
-What the model writes is hostile input: millions of samples pushed towards whatever `grade` says yes to. So no
-`eval` and no Python parser sees it, only a walker over a closed alphabet whose length, depth and numbers are
-bounded before it starts.
+What the model writes is hostile input: millions of samples pushed towards whatever `grade` says yes to. So nothing is
+ever run: Python's parser turns an expression into a syntax tree, after its alphabet, its length and its numbers have
+been checked, and only the four operations are read from that tree.
 
 Left out: credit for near misses (the policy would learn to come close instead of solving) and the television game's
 rule that some numbers may stay unused (the public data set does not have it).
 """
 
+import ast
 import hashlib
+import operator
 import os
 import random
 import re
 import string
 from fractions import Fraction
 from pathlib import Path
+from typing import Any
 
 import numpy
 import pandas
@@ -57,9 +60,15 @@ TAG = re.compile(r"</?(?:think|answer)>")
 TAGS_IN_ORDER = ["<think>", "</think>", "<answer>", "</answer>"]
 WHITE_SPACE = re.compile(r"\s+", re.ASCII)
 EXPRESSION_ALPHABET = re.compile(r"[0-9+\-*/()\s]*", re.ASCII)
-TOKEN = re.compile(r"[0-9]+|[-+*/()]")
+NUMBER = re.compile(r"[0-9]+")
+OPERATIONS: dict[type, Any] = {
+    ast.Add: operator.add,
+    ast.Sub: operator.sub,
+    ast.Mult: operator.mul,
+    ast.Div: operator.truediv,
+}
+SIGNS: dict[type, Any] = {ast.UAdd: operator.pos, ast.USub: operator.neg}
 MAX_EXPRESSION_LENGTH = 500  # characters; six numbers need some 50
-MAX_EXPRESSION_DEPTH = 20  # parentheses inside parentheses; six numbers need five
 
 
 def grade(response: str, truncated: bool, problem: Problem) -> Reward:
@@ -87,59 +96,30 @@ def _is_solution(answer: str, problem: Problem) -> bool:
 
 
 def evaluate_expression(text: str, numbers: tuple[int, ...]) -> Fraction | None:
-    """The exact value of an expression that uses each of `numbers` exactly once, or None for any other text.
-
-    sum     = product (("+" | "-") product)*
-    product = factor (("*" | "/") factor)*
-    factor  = ["+" | "-"] (number | "(" sum ")")
-    """
-    text = text.strip(string.whitespace)
+    """The exact value of an expression that uses each of `numbers` exactly once, or None for any other text."""
+    text = WHITE_SPACE.sub(" ", text).strip(" ")
     if len(text) > MAX_EXPRESSION_LENGTH or not EXPRESSION_ALPHABET.fullmatch(text):
         return None
-    tokens = TOKEN.findall(text)
-    # Numbers are compared as they are written, before any is read: the walker below never meets a number that
-    # was not given, so neither 9999999999 nor 007 nor a seventh operand can cost anything.
-    if sorted(token for token in tokens if token.isdigit()) != sorted(str(number) for number in numbers):
+    # Numbers are compared as they are written, before any is read, so neither 9999999999 nor 007 nor a seventh operand
+    # can cost anything: what is left to evaluate has as many operations as the problem allows.
+    if sorted(NUMBER.findall(text)) != sorted(map(str, numbers)):
         return None
-    stack = ["", *tokens[::-1]]  # the next token is stack[-1]; "" marks the end, so looking is always safe
     try:
-        value = _sum(stack, depth=0)
-    except (SyntaxError, ZeroDivisionError):
+        return _value(ast.parse(text, mode="eval").body)
+    except (SyntaxError, ZeroDivisionError, MemoryError, RecursionError):  # the last two: nested too deep
         return None
-    return value if stack == [""] else None
 
 
-def _sum(stack: list[str], depth: int) -> Fraction:
-    value = _product(stack, depth)
-    while stack[-1] in ("+", "-"):
-        sign = -1 if stack.pop() == "-" else 1
-        value += sign * _product(stack, depth)
-    return value
-
-
-def _product(stack: list[str], depth: int) -> Fraction:
-    value = _factor(stack, depth)
-    while stack[-1] in ("*", "/"):
-        if stack.pop() == "*":
-            value *= _factor(stack, depth)
-        else:
-            value /= _factor(stack, depth)
-    return value
-
-
-def _factor(stack: list[str], depth: int) -> Fraction:
-    sign = -1 if stack[-1] == "-" else 1
-    if stack[-1] in ("+", "-"):
-        stack.pop()
-    token = stack.pop()
-    if token.isdigit():
-        return Fraction(sign * int(token))
-    if token != "(" or depth == MAX_EXPRESSION_DEPTH:
-        raise SyntaxError("neither a number nor a parenthesis that may open here")
-    value = _sum(stack, depth + 1)
-    if stack.pop() != ")":
-        raise SyntaxError("an open parenthesis")
-    return sign * value
+def _value(node: ast.expr) -> Fraction:
+    """The exact value of a syntax tree; SyntaxError where it holds more than + - * / and numbers."""
+    match node:
+        case ast.Constant(int(value)):
+            return Fraction(value)
+        case ast.BinOp(left, operation, right) if type(operation) in OPERATIONS:
+            return OPERATIONS[type(operation)](_value(left), _value(right))
+        case ast.UnaryOp(operation, operand) if type(operation) in SIGNS:
+            return SIGNS[type(operation)](_value(operand))
+    raise SyntaxError("not an expression of the task")
 
 
 # ---- Problems from parquet -------------------------------------------------------------------------------------------
@@ -155,11 +135,10 @@ def load_problems(data: DataSettings) -> list[Problem]:
     when a file cannot be read or no row is left.
     """
     problems = [problem for file in _parquet_files(data) for problem in _read_parquet(file)]
-    low, high = data.target_low or 1, data.target_high or MAX_NUMBER
-    counts = data.number_counts or range(2, 7)
-    kept = [problem for problem in problems if len(problem.numbers) in counts and low <= problem.target <= high]
+    counts, targets = (data.fewest_numbers, data.most_numbers), (data.target_low, data.target_high)
+    kept = [p for p in problems if counts[0] <= len(p.numbers) <= counts[1] and targets[0] <= p.target <= targets[1]]
     if not kept:
-        filters = "data.number_counts, data.target_low or data.target_high"
+        filters = "data.fewest_numbers, data.most_numbers, data.target_low or data.target_high"
         raise UserError(f"{data.path}: none of its {len(problems)} problems passes the filters: widen {filters}")
     return kept
 

@@ -85,7 +85,7 @@ class Progress:
 
 
 def setting(default: Any, meaning: str, choices: tuple[str, ...] = (), **bounds: float) -> Any:
-    """A setting, as a dataclass field: int, float, bool, str, a tuple of ints, or one of these `| None`.
+    """A setting, as a dataclass field: int, float, bool or str.
 
     default: REQUIRED where the file or an override must give a value. choices: regular expressions, of which a text
     must match one. bounds: at_least, above, at_most, below.
@@ -113,7 +113,7 @@ class RolloutSettings:
     temperature: float = setting(1.0, "the logits are divided by it", above=0)
     top_p: float = setting(1.0, "sample from the most likely tokens that sum to this", above=0, at_most=1)
     top_k: int = setting(0, "sample from the k most likely tokens; 0: from all", at_least=0)
-    max_rows: int | None = setting(None, "responses sampled at the same time; null: as planned", at_least=1)
+    max_rows: int = setting(0, "responses sampled at the same time, in whole groups; 0: as planned", at_least=0)
 
     @property
     def sampling(self) -> Sampling:
@@ -154,7 +154,7 @@ class ModelSettings:
     """The model that training starts from, and where it is computed."""
 
     path: str = setting(REQUIRED, "a folder or hub id of a Qwen2.5 model")
-    revision: str | None = setting(None, "branch, tag or commit on the hub; null: the newest")
+    revision: str = setting("main", "branch, tag or commit on the hub")
     device: str = setting("auto", "where to compute", choices=("auto", "cpu", "mps", "cuda", "cuda:[0-9]"))
     dtype: str = setting("float32", "of the weights", choices=("float32", "bfloat16"))
 
@@ -164,11 +164,12 @@ class DataSettings:
     """The problems to train on: where they are, and which of them to keep."""
 
     path: str = setting(REQUIRED, "a file, folder or hub id of a data set with the columns nums and target")
-    revision: str | None = setting(None, "branch, tag or commit on the hub; null: the newest")
+    revision: str = setting("main", "branch, tag or commit on the hub")
     held_out: int = setting(512, "problems kept out of training, for evaluation", at_least=1)
-    number_counts: tuple[int, ...] = setting((), "with this many numbers; []: all", at_least=2, at_most=6)
-    target_low: int | None = setting(None, "with a target of at least this; null: all", at_least=1)
-    target_high: int | None = setting(None, "with a target of at most this; null: all", at_least=1)
+    fewest_numbers: int = setting(2, "with at least this many numbers", at_least=2, at_most=6)
+    most_numbers: int = setting(6, "with at most this many numbers", at_least=2, at_most=6)
+    target_low: int = setting(1, "with a target of at least this", at_least=1)
+    target_high: int = setting(1_000_000, "with a target of at most this", at_least=1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -176,8 +177,6 @@ class EvalSettings:
     """Measuring success on held-out problems."""
 
     every: int = setting(10, "steps between evaluations; 0: only before and after training", at_least=0)
-    size: int = setting(512, "held-out problems per evaluation", at_least=1)
-    temperature: float = setting(0.0, "of the sampling; 0: greedy", at_least=0)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -108,7 +108,7 @@ def accumulate_gradient(
         for microbatch in micro_batches([episode.length for episode in active], tokens_per_microbatch):
             batch = [active[row] for row in microbatch]
             rows = [(e.advantage, e.token_weight, logprob) for e in batch for logprob in e.old_logprobs]
-            columns = torch.tensor(rows, dtype=torch.float32, device=policy.embed.weight.device)  # (N, 3)
+            columns = torch.tensor(rows, dtype=torch.float32, device=policy.head.device)  # (N, 3)
             advantage, token_weight, old_logprobs = columns.unbind(dim=1)  # (N,) each
             logprobs, entropy = response_logprobs(policy, batch, sampling)  # (N,) each
             loss = -(token_weight * objective(logprobs, old_logprobs, advantage, settings)).sum()
@@ -168,7 +168,7 @@ def response_logprobs(policy: Qwen2, episodes: list[Episode], sampling: Sampling
     Under the distribution that `sampling` draws from. Only the positions that predict a response token reach the head,
     in chunks whose logits backward computes again, so (N, V) never exists at once.
     """
-    device = policy.embed.weight.device
+    device = policy.head.device
     rows = [episode.prompt_ids + episode.response_ids for episode in episodes]
     width = max(map(len, rows))
     tokens = torch.tensor([row + [0] * (width - len(row)) for row in rows], device=device)  # (B, T)

@@ -14,7 +14,7 @@ from data_types import UserError
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+", re.ASCII)  # owner/name
 
 
-def download(section: str, name: str, revision: str | None, patterns: list[str]) -> Path:
+def download(section: str, name: str, revision: str, patterns: list[str]) -> Path:
     """The folder in the hub's cache with the files of `name` ("owner/name") that match one of the patterns.
 
     section: "model" or "data", the part of the config that asks. Files in subfolders of a model are not fetched: they

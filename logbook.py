@@ -118,7 +118,7 @@ class Logbook:
         for kind in ("sampled", "greedy"):
             say(f"held-out success, {kind}: {before[f'eval_{kind}']:.1%} before, {after[f'eval_{kind}']:.1%} after")
         say(f"the trained model: {self.folder / 'final'}")
-        if progress.best - after["eval_success"] > 2 * after["eval_success_se"]:
+        if progress.best - after["eval_greedy"] > 2 * after["eval_greedy_se"]:
             say(f"but it is not the best: {best_weights(progress)}")
         say(f"metrics, samples and TensorBoard files: {self.folder}")
 
@@ -149,19 +149,15 @@ def episode_metrics(episodes: list[Episode], config: Config) -> dict[str, float]
     }
 
 
+ROLLOUT = (
+    "reward {reward:.3f}  success {success:.1%}  format {format_rate:.1%}  length {response_length:.0f}  "
+    "zero-variance {zero_variance}/{groups}  rollout {rollout_seconds:.1f}s at {rollout_tokens_per_second:,.0f} tok/s  "
+    "update {update_seconds:.1f}s at {update_tokens_per_second:,.0f} tok/s"
+)
+HELD_OUT = "held-out (greedy) {eval_greedy:.1%} +- {eval_greedy_se:.1%}"
+
+
 def headline(metrics: dict[str, Any]) -> str:
-    """The few figures of a step that a person watches."""
-    parts = []
-    if "reward" in metrics:  # not at step 0, which is an evaluation only
-        parts = [
-            f"reward {metrics['reward']:.3f}",
-            f"success {metrics['success']:.1%}",
-            f"format {metrics['format_rate']:.1%}",
-            f"length {metrics['response_length']:.0f}",
-            f"zero-variance {metrics['zero_variance']}/{metrics['groups']}",
-            f"rollout {metrics['rollout_seconds']:.1f}s at {metrics['rollout_tokens_per_second']:,.0f} tok/s",
-            f"update {metrics['update_seconds']:.1f}s at {metrics['update_tokens_per_second']:,.0f} tok/s",
-        ]
-    if "eval_success" in metrics:
-        parts.append(f"held-out {metrics['eval_success']:.1%} +- {metrics['eval_success_se']:.1%}")
-    return "  ".join(parts)
+    """The few figures of a step that a person watches; step 0 is an evaluation only."""
+    known = {"reward": ROLLOUT, "eval_greedy": HELD_OUT}
+    return "  ".join(text.format(**metrics) for key, text in known.items() if key in metrics)

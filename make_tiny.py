@@ -252,7 +252,7 @@ def new_model(vocabulary: int, seed: int) -> Qwen2:
     generator = torch.Generator().manual_seed(seed)
     for name, weight in model.named_parameters():
         if weight.ndim == 2:  # what is added to the residual stream starts smaller, as in GPT-2
-            added = name.endswith(("out.weight", "down.weight"))
+            added = name.endswith(("o_proj.weight", "down_proj.weight"))
             std = 0.05 / (2 * config.num_hidden_layers) ** 0.5 if added else 0.05
             torch.nn.init.normal_(weight, std=std, generator=generator)
         elif name.endswith("bias"):

@@ -65,9 +65,9 @@ def plan_memory(config: Config, shape: Qwen2Config, prompt_tokens: int, availabl
     warped = 28 * vocabulary if rollout.top_k or rollout.top_p < 1 else 0  # sorting logits, per token
     row_logits = 2 * (12 * vocabulary + warped)  # logits, probabilities, running sum; again in the graphs' pool
     prefill = max(PREFILL_TOKENS, prompt_tokens) * 1.25 * activations(shape, size)
-    wanted = max(rollout.questions_per_step * rollout.group_size, config.eval.size)
+    wanted = max(rollout.questions_per_step * rollout.group_size, config.data.held_out)
     room = available - sum(always.values()) - prefill
-    rows = max(1, int(min(wanted, rollout.max_rows or wanted, room / (row_cache + row_logits))))
+    rows = max(rollout.group_size, int(min(wanted, rollout.max_rows or wanted, room / (row_cache + row_logits))))
     sampling = {
         f"sampling: KV cache, {rows} rows of {columns} tokens": rows * row_cache,
         "sampling: logits and prefill": max(rows * row_logits, prefill),

@@ -30,12 +30,12 @@ def main() -> int:
     for number, folder in enumerate(arguments.runs):
         run = read_run(folder)
         colour = f"C{number}"
-        evaluated = run.dropna(subset="eval_success")
+        evaluated = run.dropna(subset="eval_greedy")
         success.plot(run.minutes, run.success * 100, color=colour, alpha=0.3, linewidth=1)
         success.errorbar(
             evaluated.minutes,
-            evaluated.eval_success * 100,
-            evaluated.eval_success_se * 100,
+            evaluated.eval_greedy * 100,
+            evaluated.eval_greedy_se * 100,
             color=colour,
             marker="o",
             markersize=4,

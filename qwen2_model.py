@@ -72,31 +72,54 @@ def causal_attention(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.shape[1] != k.shape[1])
 
 
-class Layer(nn.Module):
-    """One transformer block. q, k and v (and gate and up) share one matrix: one large matmul instead of three."""
+class Attention(nn.Module):
+    """Grouped-query attention with rotary positions; its parameters have the names of a Hugging Face checkpoint."""
 
     def __init__(self, config: Qwen2Config, index: int) -> None:
         super().__init__()
-        self.index, self.heads, self.kv_heads = index, config.num_attention_heads, config.num_key_value_heads
-        self.head_dim = config.head_dim
-        hidden, inner = config.hidden_size, config.intermediate_size
-        self.input_norm = nn.RMSNorm(hidden, config.rms_norm_eps)  # x / rms(x) * weight, in fp32 inside
-        self.qkv = nn.Linear(hidden, (self.heads + 2 * self.kv_heads) * self.head_dim, bias=True)
-        self.out = nn.Linear(self.heads * self.head_dim, hidden, bias=False)
-        self.mlp_norm = nn.RMSNorm(hidden, config.rms_norm_eps)
-        self.gate_up = nn.Linear(hidden, 2 * inner, bias=False)
-        self.down = nn.Linear(inner, hidden, bias=False)
+        self.index, self.head_dim = index, config.head_dim
+        hidden, inner = config.hidden_size, config.num_attention_heads * config.head_dim
+        shared = config.num_key_value_heads * config.head_dim
+        self.q_proj = nn.Linear(hidden, inner, bias=True)
+        self.k_proj = nn.Linear(hidden, shared, bias=True)
+        self.v_proj = nn.Linear(hidden, shared, bias=True)
+        self.o_proj = nn.Linear(inner, hidden, bias=False)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, attend: Attend) -> Tensor:
-        batch, length, _ = x.shape
-        qkv = self.qkv(self.input_norm(x)).view(batch, length, -1, self.head_dim)
-        qk, v = qkv.split((self.heads + self.kv_heads, self.kv_heads), dim=2)  # (B, T, H, D)
-        q, k = rotate(qk, cos, sin).split((self.heads, self.kv_heads), dim=2)
-        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, H, T, D)
+        split = (*x.shape[:2], -1, self.head_dim)
+        q = rotate(self.q_proj(x).view(split), cos, sin).transpose(1, 2)  # (B, Hq, T, D)
+        k = rotate(self.k_proj(x).view(split), cos, sin).transpose(1, 2)  # (B, Hkv, T, D)
+        v = self.v_proj(x).view(split).transpose(1, 2)  # (B, Hkv, T, D)
         mixed = attend(self.index, q, k, v)  # (B, Hq, T, D)
-        x = x + self.out(mixed.transpose(1, 2).reshape(batch, length, -1))
-        gate, up = self.gate_up(self.mlp_norm(x)).chunk(2, dim=-1)
-        return x + self.down(F.silu(gate) * up)
+        return self.o_proj(mixed.transpose(1, 2).flatten(2))
+
+
+class MLP(nn.Module):
+    """SwiGLU (arXiv 2002.05202)."""
+
+    def __init__(self, hidden: int, inner: int) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(hidden, inner, bias=False)
+        self.up_proj = nn.Linear(hidden, inner, bias=False)
+        self.down_proj = nn.Linear(inner, hidden, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class Layer(nn.Module):
+    """One transformer block."""
+
+    def __init__(self, config: Qwen2Config, index: int) -> None:
+        super().__init__()
+        self.input_layernorm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)  # x / rms(x) * weight
+        self.self_attn = Attention(config, index)
+        self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.mlp = MLP(config.hidden_size, config.intermediate_size)
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, attend: Attend) -> Tensor:
+        x = x + self.self_attn(self.input_layernorm(x), cos, sin, attend)
+        return x + self.mlp(self.post_attention_layernorm(x))
 
 
 class Qwen2(nn.Module):
@@ -108,18 +131,18 @@ class Qwen2(nn.Module):
     def __init__(self, config: Qwen2Config) -> None:
         super().__init__()
         self.config = config
-        self.embed = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(Layer(config, index) for index in range(config.num_hidden_layers))
         self.norm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
         if not config.tie_word_embeddings:
-            self.untied_head = nn.Parameter(torch.empty(config.vocab_size, config.hidden_size))
+            self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.vocabulary = config.vocab_size
         self.checkpoint_layers = False  # recompute each layer in backward instead of keeping its activations
 
     @property
     def head(self) -> Tensor:
         """The output matrix, (V, hidden): the embedding's own weights where the model ties them."""
-        return self.embed.weight if self.config.tie_word_embeddings else self.untied_head
+        return (self.embed_tokens if self.config.tie_word_embeddings else self.lm_head).weight
 
     def forward(self, tokens: Tensor, positions: Tensor | None = None, attend: Attend = causal_attention) -> Tensor:
         """Hidden states (B, T, hidden) after the last norm, for token ids (B, T).
@@ -129,7 +152,7 @@ class Qwen2(nn.Module):
         if positions is None:
             positions = torch.arange(tokens.shape[1], device=tokens.device)[None]
         cos, sin = rope_tables(self.config, positions)
-        x = self.embed(tokens)
+        x = self.embed_tokens(tokens)
         for layer in self.layers:
             if self.checkpoint_layers and torch.is_grad_enabled():
                 x = checkpoint(layer, x, cos, sin, attend, use_reentrant=False, preserve_rng_state=False)
@@ -149,29 +172,9 @@ class Qwen2(nn.Module):
         return logits
 
     def hf_tensors(self) -> dict[str, Tensor]:
-        """Views of this module's parameters under the names and shapes of a Hugging Face checkpoint.
-
-        Copying into a view loads, reading from it saves: the fused matrices never show outside.
-        """
-        tensors = {"model.embed_tokens.weight": self.embed.weight, "model.norm.weight": self.norm.weight}
-        if not self.config.tie_word_embeddings:
-            tensors["lm_head.weight"] = self.untied_head
-        for layer in self.layers:
-            assert isinstance(layer, Layer)
-            prefix = f"model.layers.{layer.index}"
-            sizes = [heads * layer.head_dim for heads in (layer.heads, layer.kv_heads, layer.kv_heads)]
-            weights, biases = layer.qkv.weight.split(sizes), layer.qkv.bias.split(sizes)
-            for name, weight, bias in zip("qkv", weights, biases, strict=True):
-                tensors[f"{prefix}.self_attn.{name}_proj.weight"] = weight
-                tensors[f"{prefix}.self_attn.{name}_proj.bias"] = bias
-            gate, up = layer.gate_up.weight.chunk(2)
-            tensors[f"{prefix}.self_attn.o_proj.weight"] = layer.out.weight
-            tensors[f"{prefix}.mlp.gate_proj.weight"] = gate
-            tensors[f"{prefix}.mlp.up_proj.weight"] = up
-            tensors[f"{prefix}.mlp.down_proj.weight"] = layer.down.weight
-            tensors[f"{prefix}.input_layernorm.weight"] = layer.input_norm.weight
-            tensors[f"{prefix}.post_attention_layernorm.weight"] = layer.mlp_norm.weight
-        return {name: tensor.detach() for name, tensor in tensors.items()}
+        """The weights under the names that they have in a Hugging Face checkpoint; to copy into one is to load it."""
+        weights = self.state_dict()
+        return {name if name.startswith("lm_head") else f"model.{name}": weight for name, weight in weights.items()}
 
 
 def wide_matmul(hidden: Tensor, head: Tensor) -> Tensor:

@@ -19,7 +19,6 @@ there is no queue to serve.
 
 import math
 import sys
-from bisect import bisect_left
 from contextlib import suppress
 from typing import NamedTuple
 
@@ -99,18 +98,16 @@ class KVCache:
     """Keys and values of every row, aligned so that all rows write their next token to the same column.
 
     Prompts end at the same column and so start at different ones: `start` (rows,) is each row's first real column.
-    prompt_of_row: for each row the index of its prompt, in ascending order.
     """
 
-    def __init__(self, policy: Qwen2, prompt_lengths: list[int], prompt_of_row: list[int], max_new: int) -> None:
-        config, weight = policy.config, policy.embed.weight
-        self.prompt_columns = max(prompt_lengths)
-        columns = round_up(self.prompt_columns + max_new, COLUMN_BLOCK)
-        shape = (config.num_hidden_layers, 2, len(prompt_of_row), config.num_key_value_heads, columns, config.head_dim)
+    def __init__(self, policy: Qwen2, prompt_lengths: list[int], group: int, max_new: int) -> None:
+        config, weight = policy.config, policy.head
+        self.group, self.prompt_columns = group, max(prompt_lengths)
+        rows, columns = len(prompt_lengths) * group, round_up(self.prompt_columns + max_new, COLUMN_BLOCK)
+        shape = (config.num_hidden_layers, 2, rows, config.num_key_value_heads, columns, config.head_dim)
         # zeros: a graph reads columns before they are written, and a nan there would spread even with weight 0
         self.data = torch.zeros(shape, dtype=weight.dtype, device=weight.device)  # (L, 2, rows, Hkv, columns, D)
-        self.prompt_of_row = prompt_of_row
-        starts = [self.prompt_columns - prompt_lengths[prompt] for prompt in prompt_of_row]
+        starts = [self.prompt_columns - length for length in prompt_lengths for _ in range(group)]
         self.start = torch.tensor(starts, device=weight.device)  # (rows,)
         self.column = torch.tensor([self.prompt_columns], device=weight.device)  # where the next token goes
         self.columns = torch.arange(columns, device=weight.device)
@@ -118,10 +115,8 @@ class KVCache:
 
     def select_prompts(self, first: int, lengths: list[int]) -> None:
         """Prepare the prefill of the prompts from index `first` on: where each token's keys and values go."""
-        device, count = self.data.device, len(lengths)
-        self.rows = slice(bisect_left(self.prompt_of_row, first), bisect_left(self.prompt_of_row, first + count))
-        self.copies = torch.tensor([prompt - first for prompt in self.prompt_of_row[self.rows]], device=device)
-        shift = self.prompt_columns - torch.tensor(lengths, device=device)[:, None]
+        self.rows = slice(first * self.group, (first + len(lengths)) * self.group)
+        shift = self.prompt_columns - torch.tensor(lengths, device=self.data.device)[:, None]
         # padded on the right where they are computed, on the left where they are stored: (prompts, 1, P, 1)
         self.source = (self.columns[None, : self.prompt_columns] - shift).clamp(min=0)[:, None, :, None]
 
@@ -129,7 +124,8 @@ class KVCache:
         """Prefill: causal attention within the prompts (prompts, H, P, D); K and V are written to each group's rows."""
         for kind, tensor in enumerate((k, v)):
             aligned = tensor.take_along_dim(self.source, dim=2)  # (prompts, Hkv, P, D)
-            self.data[layer, kind, self.rows, :, : self.prompt_columns] = aligned[self.copies]
+            copies = aligned.repeat_interleave(self.group, dim=0)  # (rows, Hkv, P, D)
+            self.data[layer, kind, self.rows, :, : self.prompt_columns] = copies
         return causal_attention(layer, q, k, v)
 
     def mask_columns(self, rows: int, columns: int) -> None:
@@ -192,8 +188,7 @@ class Decoder:
             hidden = self.policy(padded.to(self.rows.device), attend=self.cache.attend_prompt)  # (prompts, P, hidden)
             ends = torch.tensor([len(hidden[0]) * row + length - 1 for row, length in enumerate(lengths)])
             last.append(hidden.flatten(0, 1)[ends.to(hidden.device)])
-        copies = torch.tensor(self.cache.prompt_of_row, device=self.rows.device)
-        self.record(self.policy.logits(torch.cat(last))[copies])
+        self.record(self.policy.logits(torch.cat(last)).repeat_interleave(self.cache.group, dim=0))
 
     def record(self, logits: Tensor) -> None:
         """Draw each active slot's next token from logits (active, V) and write it down, without synchronizing."""
@@ -284,40 +279,37 @@ class GraphedSteps:
 
 
 class Sampler:
-    """Samples responses from a policy, at most `max_rows` at the same time."""
+    """Samples responses from a policy."""
 
-    def __init__(self, policy: Qwen2, end_ids: list[int], max_rows: int = sys.maxsize) -> None:
-        self.policy, self.end_ids, self.max_rows = policy, end_ids, max_rows
-        self.graphs = policy.embed.weight.is_cuda
+    def __init__(self, policy: Qwen2, end_ids: list[int]) -> None:
+        self.policy, self.end_ids = policy, end_ids
+        self.graphs = policy.head.is_cuda
         # decode steps between checks for finished rows
-        self.steps_per_check = 2 if policy.embed.weight.device.type == "cpu" else 16
+        self.steps_per_check = 2 if policy.head.device.type == "cpu" else 16
 
     @torch.inference_mode()
-    def generate(self, prompts: list[list[int]], uniforms: Tensor, sampling: Sampling) -> list[Response]:
+    def generate(
+        self, prompts: list[list[int]], uniforms: Tensor, sampling: Sampling, max_rows: int = sys.maxsize
+    ) -> list[Response]:
         """One response per row of uniform numbers; the rows of a prompt's group are adjacent.
 
-        uniforms: (prompts * group, max_new_tokens) fp32 in [0, 1). More than `max_rows` rows are sampled in waves, in
-        whole groups where a group fits.
+        uniforms: (prompts * group, max_new_tokens) fp32 in [0, 1). More than `max_rows` rows are sampled in waves of
+        whole groups, a single group at least.
         """
         group, rest = divmod(len(uniforms), len(prompts))
         assert rest == 0, f"{len(uniforms)} rows of uniform numbers are not a multiple of {len(prompts)} prompts"
         assert all(prompts), "a prompt is empty"
-        rows = min(len(uniforms), self.max_rows)
-        rows -= rows % group if rows > group else 0
+        at_once = max(1, max_rows // group)  # prompts per wave
         responses: list[Response] = []
-        for first in range(0, len(uniforms), rows):
-            wave = uniforms[first : first + rows]
-            first_prompt, last_prompt = first // group, (first + len(wave) - 1) // group
-            prompt_of_row = [(first + row) // group - first_prompt for row in range(len(wave))]
-            responses += self.decode(prompts[first_prompt : last_prompt + 1], prompt_of_row, wave, sampling)
+        for first in range(0, len(prompts), at_once):
+            wave = uniforms[first * group : (first + at_once) * group]
+            responses += self.decode(prompts[first : first + at_once], wave, sampling)
         return responses
 
-    def decode(
-        self, prompts: list[list[int]], prompt_of_row: list[int], uniforms: Tensor, sampling: Sampling
-    ) -> list[Response]:
+    def decode(self, prompts: list[list[int]], uniforms: Tensor, sampling: Sampling) -> list[Response]:
         """One wave. Its cache is gone when this returns, before the next wave makes its own."""
-        max_new = uniforms.shape[1]
-        cache = KVCache(self.policy, [len(prompt) for prompt in prompts], prompt_of_row, max_new)
+        rows, max_new = uniforms.shape
+        cache = KVCache(self.policy, [len(prompt) for prompt in prompts], rows // len(prompts), max_new)
         decoder = Decoder(self.policy, cache, uniforms.to(cache.start.device), self.end_ids, sampling)
         graphed = GraphedSteps(decoder) if self.graphs else None
         step = graphed.step if graphed else decoder.step

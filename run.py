@@ -10,6 +10,7 @@ import signal
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import Any, TypeVar
@@ -53,9 +54,8 @@ class Run:
         shape, self.tokenizer = read_model_config(source), Tokenizer(source)
         if len(self.tokenizer) > shape.vocab_size:
             raise UserError(f"{source}: {len(self.tokenizer)} ids in the tokenizer, {shape.vocab_size} in config.json")
-        training, held_out = split_problems(load_problems(config.data), config.data.held_out)
-        self.training, self.held_out = training, held_out[: config.eval.size]
-        longest = max(training + held_out, key=lambda problem: len(str(problem)))
+        self.training, self.held_out = split_problems(load_problems(config.data), config.data.held_out)
+        longest = max(self.training + self.held_out, key=lambda problem: len(str(problem)))
         prompt_tokens = len(self.tokenizer.encode_prompt(question_text(longest), ASSISTANT_PREFIX))
         needed, most = prompt_tokens + config.rollout.max_new_tokens, shape.max_position_embeddings
         if needed > most:
@@ -65,11 +65,12 @@ class Run:
         self.policy = load_model(source, device, getattr(torch, config.model.dtype))
         self.policy.vocabulary = len(self.tokenizer)
         self.policy.checkpoint_layers = config.train.activation_checkpointing
-        self.sampler = Sampler(self.policy, self.tokenizer.end_ids, max_rows)
+        self.sampler = Sampler(self.policy, self.tokenizer.end_ids)
         self.optimizer = AdamW(self.policy.parameters(), config.train)
         if checkpoint:
             load_optimizer(checkpoint, self.optimizer, progress)
-        self.microbatch_tokens = config.train.tokens_per_microbatch  # less once memory ran out
+        # less once memory ran out
+        self.limits = {"rows at a time": max_rows, "tokens per micro-batch": config.train.tokens_per_microbatch}
         self.logbook = Logbook(folder, config, progress)
         self.alarms = Alarms(config)
         self.signal = 0  # the stop signal that came
@@ -102,48 +103,47 @@ class Run:
         self.seconds[phase] += time.perf_counter() - began
 
     def generate(self, prompts: list[list[int]], uniforms: Tensor, sampling: Sampling) -> list[Response]:
-        """Sampler.generate; half the rows at a time whenever the GPU runs out of memory."""
-
-        def shrink() -> None:
-            self.sampler.max_rows = halved(min(self.sampler.max_rows, len(uniforms)), 1, "rows at a time")
-
+        """Sampler.generate, in waves where the GPU runs out of memory."""
         self.stop_if_asked()  # before and after: all that follows may take minutes
-        responses = self.retried(lambda: self.sampler.generate(prompts, uniforms, sampling), shrink)
+        attempt = partial(self.sampler.generate, prompts, uniforms, sampling)
+        responses = self.fit("rows at a time", len(uniforms) // len(prompts), len(uniforms), attempt)
         self.stop_if_asked()
         return responses
 
     def accumulate_gradient(self, episodes: list[Episode], sampling: Sampling) -> dict[str, float | None]:
-        """grpo.accumulate_gradient; smaller micro-batches whenever the GPU runs out of memory.
+        """grpo.accumulate_gradient, in smaller micro-batches where the GPU runs out of memory.
 
         A gradient that comes from numbers that are not finite is dropped, so no optimizer step follows.
         """
+        policy, settings = self.policy, self.config.train
         longest = max((episode.length for episode in episodes if episode.active), default=1)
-
-        def shrink() -> None:
-            self.microbatch_tokens = halved(self.microbatch_tokens, longest, "tokens per micro-batch")
-
-        def attempt() -> dict[str, float | None]:
-            return grpo.accumulate_gradient(self.policy, episodes, sampling, self.config.train, self.microbatch_tokens)
-
-        stats = self.retried(attempt, shrink)
+        attempt = partial(grpo.accumulate_gradient, policy, episodes, sampling, settings)
+        stats = self.fit("tokens per micro-batch", longest, settings.tokens_per_microbatch, attempt)
         if not finite(stats, episodes):
-            self.policy.zero_grad(set_to_none=True)
+            policy.zero_grad(set_to_none=True)
         return stats
 
-    def retried(self, attempt: Callable[[], T], shrink: Callable[[], None]) -> T:
-        """The result of `attempt`, made again after `shrink` whenever the GPU runs out of memory.
+    def fit(self, what: str, least: int, most: int, attempt: Callable[[int], T]) -> T:
+        """The result of `attempt(limit)`, made again with half the limit whenever the GPU runs out of memory.
 
         All randomness comes with the arguments, so another attempt does the same work, up to the rounding of another
         batch shape.
         """
         while True:
+            limit = min(most, self.limits[what])
             try:
-                return attempt()
+                return attempt(limit)
             except RuntimeError as error:
                 if not out_of_memory(error):
                     raise
             torch.cuda.empty_cache()  # only here does nothing refer to the failed attempt's tensors any more
-            shrink()
+            if limit <= least:
+                cures = (
+                    "lower rollout.max_new_tokens, set train.activation_checkpointing=true or train.optimizer=offload"
+                )
+                raise UserError(f"out of GPU memory even with {limit} {what}: {cures}, or free the GPU")
+            self.limits[what] = max(least, limit // 2)
+            warn(f"out of GPU memory; from now on at most {self.limits[what]} {what}")
 
     # ---- After a step ------------------------------------------------------------------------------------------
 
@@ -159,10 +159,10 @@ class Run:
         progress.step, progress.drawn = step, progress.drawn + metrics["groups"]
         progress.optimizer_steps = self.optimizer.steps
         progress.skipped_in_a_row = progress.skipped_in_a_row + 1 if stats["skipped"] else 0
-        if metrics.get("eval_success", 0.0) > progress.best:
+        if metrics.get("eval_greedy", 0.0) > progress.best:
             with reported("the best weights so far"):
                 save_best(self.folder, self.policy, self.small_files, step)
-                progress.best, progress.best_step = metrics["eval_success"], step
+                progress.best, progress.best_step = metrics["eval_greedy"], step
         if config.checkpoint.every and (step % config.checkpoint.every == 0 or step == config.train.steps):
             self.save()
         if progress.skipped_in_a_row >= config.train.max_skips:
@@ -226,15 +226,6 @@ def finite(stats: dict[str, Any], episodes: list[Episode]) -> bool:
     """Whether all numbers of a step are finite: its statistics, and what the sampler computed."""
     numbers = [value for value in stats.values() if value is not None]
     return all(map(math.isfinite, [*numbers, *(sum(episode.old_logprobs) for episode in episodes)]))
-
-
-def halved(size: int, least: int, what: str) -> int:
-    """Half of a size that did not fit; UserError where it cannot be less."""
-    if size <= least:
-        cures = "lower rollout.max_new_tokens, set train.activation_checkpointing=true or train.optimizer=offload"
-        raise UserError(f"out of GPU memory even with {size} {what}: {cures}, or free the GPU")
-    warn(f"out of GPU memory; from now on at most {max(least, size // 2)} {what}")
-    return max(least, size // 2)
 
 
 @contextmanager

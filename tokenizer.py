@@ -8,7 +8,6 @@ Left out: truncation, padding and batching (masks come from lengths, see rollout
 sandbox keeps a template away from all but its own variables; it does not keep one from being slow.
 """
 
-import json
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -108,13 +107,8 @@ def compile_template(folder: Path, settings: dict[str, Any]) -> jinja2.Template:
     def raise_exception(message: str) -> NoReturn:
         raise jinja2.TemplateError(message)
 
-    def tojson(value: Any, indent: int | None = None) -> str:
-        return json.dumps(value, ensure_ascii=False, indent=indent)
-
     environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
-    environment.add_extension("jinja2.ext.loopcontrols")
     environment.globals["raise_exception"] = raise_exception
-    environment.filters["tojson"] = tojson
     try:
         return environment.from_string(source)
     except Exception as error:  # a TemplateError, or what Python says to a program that is nested too deep

@@ -33,8 +33,8 @@ def train(run: Run) -> None:
     """GRPO: sample groups of responses, reward them, compare within the group, update the policy, repeat."""
     config, progress = run.config, run.progress
     if not progress.before:
-        progress.before = evaluate_fully(run)
-        progress.best = progress.before["eval_success"]
+        progress.before = evaluate(run, "greedy") | evaluate(run, "sampled")
+        progress.best = progress.before["eval_greedy"]
         run.logbook.write_step(0, progress.before, [])
     for step in run.steps():
         episodes: list[Episode] = []
@@ -48,12 +48,13 @@ def train(run: Run) -> None:
             if len(batch) == config.rollout.questions_per_step * config.rollout.group_size:
                 break
         stats = update(run, step, batch)  # 4. maximize sum_t weight_t * objective(ratio_t, A)
-        progress.after = evaluate_fully(run) if step == config.train.steps else {}
-        stats |= progress.after
-        if not progress.after and config.eval.every and step % config.eval.every == 0:
-            stats |= evaluate(run, config.eval.temperature)
+        if step == config.train.steps:
+            progress.after = evaluate(run, "greedy") | evaluate(run, "sampled")
+            stats |= progress.after
+        elif config.eval.every and step % config.eval.every == 0:
+            stats |= evaluate(run, "greedy")
         run.finish_step(step, episodes, stats)  # 5. log, warn, save
-    progress.after = progress.after or evaluate_fully(run)
+    progress.after = progress.after or evaluate(run, "greedy") | evaluate(run, "sampled")
 
 
 def next_problems(run: Run, draw: int) -> list[Problem]:
@@ -119,24 +120,16 @@ def update(run: Run, step: int, batch: list[Episode]) -> dict[str, float | None]
     return {**updates[0], "clip_fraction": updates[-1]["clip_fraction"], "skipped": 0}
 
 
-def evaluate(run: Run, temperature: float) -> dict[str, float]:
-    """Success on the held-out problems, one response each, and its standard error."""
-    generator = make_generator(run.config.train.seed, "evaluation", 0)  # the same numbers for every evaluation
-    episodes = sample(run, run.held_out, 1, Sampling(temperature), generator)
+def evaluate(run: Run, kind: str) -> dict[str, float]:
+    """Success on the held-out problems, one response each, and its standard error.
+
+    kind: "greedy", or "sampled" at temperature 1, with the same random numbers in every evaluation.
+    """
+    generator = make_generator(run.config.train.seed, "evaluation", 0)
+    episodes = sample(run, run.held_out, 1, Sampling(temperature=float(kind == "sampled")), generator)
     correct = [grade(e.text, e.truncated, e.problem).correct > 0 for e in episodes]
     rate = sum(correct) / len(correct)
-    return {"eval_success": rate, "eval_success_se": math.sqrt(rate * (1 - rate) / len(correct))}
-
-
-def evaluate_fully(run: Run) -> dict[str, float]:
-    """The evaluation before and after training: sampled, greedy, and at the config's temperature."""
-    configured = run.config.eval.temperature
-    results = {temperature: evaluate(run, temperature) for temperature in {1.0, 0.0, configured}}
-    return {
-        "eval_sampled": results[1.0]["eval_success"],
-        "eval_greedy": results[0.0]["eval_success"],
-        **results[configured],
-    }
+    return {f"eval_{kind}": rate, f"eval_{kind}_se": math.sqrt(rate * (1 - rate) / len(correct))}
 
 
 def make_generator(seed: int, purpose: str, step: int) -> torch.Generator:

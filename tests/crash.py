@@ -15,29 +15,28 @@ import tempfile
 import time
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import torch._dynamo  # noqa: E402, F401 (the first meta tensor imports it: once here, not in each child)
+import torch._dynamo  # noqa: F401 (the first meta tensor imports it: once here, not in each child)
+from short_run import arguments
 
-import train  # noqa: E402
+import train
 
 STEPS = 8
-SETTINGS = ["--config", f"{ROOT}/config_tiny.yml", f"model.path={ROOT}/tiny", f"data.path={ROOT}/tiny/problems.parquet"]
-SETTINGS += f"""rollout.group_size=4 rollout.questions_per_step=3 rollout.max_new_tokens=32 eval.size=8 eval.every=3
-        train.steps={STEPS} train.threads=1 checkpoint.every=1 checkpoint.keep=2 output.samples=2""".split()
+SETTINGS = ["rollout.questions_per_step=3", "rollout.max_new_tokens=32", "eval.every=3", f"train.steps={STEPS}"]
 
 
 def attempt(folder: Path, log: Path, seconds: float, in_save: bool = False) -> int:
     """Start or resume the run in `folder`, send a signal after so many seconds (in a save); the exit status."""
-    arguments = ["--resume"] if (folder / "metrics.jsonl").exists() else [*SETTINGS, "--name"]
+    resumed = ["--resume", folder.name, f"output.folder={folder.parent}"]
+    typed = resumed if (folder / "metrics.jsonl").exists() else arguments(folder, *SETTINGS, "checkpoint.keep=2")
     child = os.fork()
     if child == 0:
         status = 70  # a traceback
         try:
             signal.signal(signal.SIGINT, signal.SIG_DFL)  # before the run listens, it just ends, as for SIGTERM
             os.dup2(os.dup2(os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND), 1), 2)
-            status = train.main([*arguments, folder.name, f"output.folder={folder.parent}"])
+            status = train.main(typed)
         finally:
             sys.stdout.flush()
             os._exit(status)
@@ -58,11 +57,12 @@ def content(folder: Path) -> dict[str, object]:
     kept: dict[str, object] = {"samples": (folder / "samples.txt").read_bytes()}
     kept["metrics"] = [{k: v for k, v in json.loads(line).items() if "second" not in k} for line in lines]
     for path in sorted([*folder.glob("final/*"), *folder.glob("checkpoints/*/*")]):
-        kept[str(path.relative_to(folder))] = path.read_bytes()
+        name = str(path.relative_to(folder))
         if path.name == "state.json":  # the length of metrics.jsonl depends on the times in it
-            state = json.loads(path.read_bytes())
-            del state["progress"]["files"]["metrics.jsonl"], state["checksum"]
-            kept[str(path.relative_to(folder))] = state
+            kept[name] = state = json.loads(path.read_bytes())
+            del state["progress"]["files"]["metrics.jsonl"]
+        elif path.name != "checksums.json":  # so does the checksum of state.json
+            kept[name] = path.read_bytes()
     return kept
 
 
@@ -89,9 +89,7 @@ def main(stops: int) -> None:
                 half_written += any(run.glob("**/*.partial"))
             assert differing(run, alone) + differing(alone, run) == [], differing(run, alone)
             runs += 1
-    print(
-        f"{stopped} stops, {half_written} left a save half-written; {runs} runs ended, bit-identical to the one alone"
-    )
+    print(f"{stopped} stops, {half_written} left a save half-written; {runs} runs ended, all as the one left alone")
 
 
 if __name__ == "__main__":

@@ -32,9 +32,8 @@ def main(steps: int, settings: list[str]) -> int:
         if process.wait() != 0:
             return 1
     third = len(memory) // 3
-    (middle, last), (open_before, open_after) = (
-        [statistics.median(part) for part in (seen[third : 2 * third], seen[-third:])] for seen in (memory, files)
-    )
+    thirds = [seen[start : start + third] for seen in (memory, files) for start in (third, len(seen) - third)]
+    middle, last, open_before, open_after = map(statistics.median, thirds)
     print(f"resident memory, median: {middle:.1f} MiB in the middle third, {last:.1f} MiB in the last")
     print(f"({last / middle - 1:+.2%}); open files, median: {open_before:g} and {open_after:g}, at most {max(files)}")
     return int(abs(last / middle - 1) > 0.02 or open_after > open_before)

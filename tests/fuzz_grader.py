@@ -2,11 +2,11 @@
 
     PYTHONPATH=. python tests/fuzz_grader.py 1000000 [SEED]
 
-Each is graded by `countdown_task.grade` and by an independent oracle, which finds the blocks with `str` methods and
-leaves the expression to Python's own parser. The first one on which the grader raises, disagrees or is slow stops it.
+Each is graded by `countdown_task.grade`, which leaves the expression to Python's own parser, and by an independent
+oracle, which finds the blocks with `str` methods and reads the expression by a parser written by hand. The first one on
+which the grader raises, disagrees or is slow stops it.
 """
 
-import ast
 import operator
 import random
 import re
@@ -16,18 +16,21 @@ import timeit
 from collections import Counter
 from fractions import Fraction
 from itertools import accumulate
+from math import ceil, floor
 
-from countdown_task import MAX_EXPRESSION_DEPTH, MAX_EXPRESSION_LENGTH, grade
+from countdown_task import MAX_EXPRESSION_LENGTH, grade
 from data_types import Problem, Reward
 
+DEEPEST = 200  # parentheses inside parentheses: Python's parser takes no more
 TAGS = ["<think>", "</think>", "<answer>", "</answer>"]
 SPACE = " \t\n\r\v\f"
-SIGNS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv}
+OPERATIONS = [{"+": operator.add, "-": operator.sub}, {"*": operator.mul, "/": operator.truediv}]
 TEXTS = """<ANSWER> < answer> <answer > </ answer> <answer/> <answ er> <|im_end|> <|im_start|> <|endoftext|> <b> </b>
     ( ) (( )) () + - * / ** // % ^ = == != , . ; : _ & | ~ ! # @ \\ ' " ` { } [ ] $ 0 1 2 3 7 12 007 -1 +1
     1.0 .5 1e3 1_000 0x1F 1j 9999999999999999999999 10**99 9**9**9 True None x lambda:0 __import__('os')
     int(3) ١٢ ３ ² ½ Ⅷ ⅓ × ÷ − ＋ （ ） ＝ ∕ ⁄ é 数 🙂 Let's try so that is too much hit \\boxed{3} \\frac{1}{2}"""  # noqa: RUF001
 PIECES = [*TAGS * 3, *TEXTS.split(), *SPACE, "  ", "1 2", "# no\n", *"\0\x1b\x1c\x85\xa0\u2028\u200b\ufeff\u202e\ud800"]
+FORMS = [*["{}", "({})"] * 6, "-{}", "--{}", "+ {}", "+-\n-({})"]  # of a part of an expression
 THOUGHTS = ["", "1 + 2 = 3, no", "\n12 - 7 = 5. too low.\n12 + 7 * 3 = 33. yes\n", "Try (a + b) * c < 10 > 4"]
 
 
@@ -44,49 +47,63 @@ def oracle(response: str, truncated: bool, problem: Problem) -> Reward:
 
 def solves(answer: str, problem: Problem) -> bool:
     expression, *stated = answer.split("=")
-    expression = re.sub(f"[{SPACE}]", " ", expression.strip(SPACE))  # Python ends a statement at a line break
+    expression = re.sub(f"[{SPACE}]+", " ", expression).strip(" ")
     deepest = max(accumulate((c == "(") - (c == ")") for c in expression), default=0)
-    two_signs = re.search(r"(?:^|[(*/])[-+]{2}|[-+]{3}", expression.replace(" ", ""))  # which Python allows
-    too_much = len(expression) > MAX_EXPRESSION_LENGTH or deepest > MAX_EXPRESSION_DEPTH or two_signs
-    if too_much or set(expression) - set("0123456789+-*/() "):
+    if len(expression) > MAX_EXPRESSION_LENGTH or deepest > DEEPEST:
         return False
     try:
         right = evaluate(expression) == (problem.target, sorted(problem.numbers))
-    except (SyntaxError, KeyError, ZeroDivisionError):
+    except (SyntaxError, ZeroDivisionError):
         return False
     return right and [text.strip(SPACE) for text in stated] in ([], [f"{problem.target}"])
 
 
 def evaluate(expression: str) -> tuple[Fraction, list[int]]:
-    """The value of an expression, by Python's own parser, and its numbers, sorted; it may raise a SyntaxError."""
-    tree = ast.parse(expression, mode="eval").body
-    return value_of(tree), sorted(node.value for node in ast.walk(tree) if isinstance(node, ast.Constant))
+    """The value of an expression and its numbers, sorted; SyntaxError for any other text.
+
+    sum     = product (("+" | "-") product)*
+    product = factor (("*" | "/") factor)*
+    factor  = ("+" | "-")* (number | "(" sum ")")
+    """
+    tokens = re.findall(f"[0-9]+|[^{SPACE}]", expression)
+    stack = ["", *tokens[::-1]]  # the next token is stack[-1]; "" marks the end
+    value = read(stack, level=0)
+    if stack != [""]:
+        raise SyntaxError("an operation or the end should be next")
+    return value, sorted(int(token) for token in tokens if token.isdecimal())
 
 
-def value_of(node: ast.AST) -> Fraction:
-    """The value of a tree of numbers and the four operations; KeyError for any other, such as a call or a power."""
-    if isinstance(node, ast.Constant):
-        return Fraction(node.value)
-    if isinstance(node, ast.UnaryOp):
-        return value_of(node.operand) * (-1 if isinstance(node.op, ast.USub) else 1)
-    return SIGNS[type(getattr(node, "op", None))](value_of(node.left), value_of(node.right))
+def read(stack: list[str], level: int) -> Fraction:
+    """A sum (level 0) of products (level 1) of factors."""
+    if level == len(OPERATIONS):
+        return read_factor(stack)
+    value = read(stack, level + 1)
+    while stack[-1] in OPERATIONS[level]:
+        value = OPERATIONS[level][stack.pop()](value, read(stack, level + 1))
+    return value
 
 
-def random_expression(rng: random.Random, numbers: list[int]) -> tuple[str, Fraction | None]:
-    """A random expression that uses each number once, and its value (None: it divides by zero)."""
-    trees: list[ast.expr] = [ast.Constant(number) for number in numbers]
-    while len(trees) > 1:
-        i, j = rng.randrange(1, len(trees)), rng.randrange(len(trees))
-        if rng.random() < 0.2 and not isinstance(trees[j], ast.UnaryOp):
-            trees[j] = ast.UnaryOp(rng.choice([ast.UAdd, ast.USub])(), trees[j])
-        trees[i - 1 : i + 1] = [ast.BinOp(trees[i - 1], rng.choice(list(SIGNS))(), trees[i])]
-    # written with the parentheses that it needs; needless ones and white space are added
-    text = re.sub(r"\d+", lambda found: rng.choice([found[0]] * 9 + [f"({found[0]})"]), ast.unparse(trees[0]))
-    text = re.sub(" ", lambda _: rng.choice(["", " ", " ", "  ", "\n", "\t"]), text)
-    try:
-        return text, value_of(trees[0])
-    except ZeroDivisionError:
-        return text, None
+def read_factor(stack: list[str]) -> Fraction:
+    sign = 1
+    while stack[-1] in ("+", "-"):
+        sign *= -1 if stack.pop() == "-" else 1
+    token = stack.pop()
+    if re.fullmatch("0|[1-9][0-9]*", token):
+        return Fraction(sign * int(token))
+    value = read(stack, level=0) if token == "(" else None
+    if value is None or stack.pop() != ")":
+        raise SyntaxError("a number or something in parentheses should be next")
+    return sign * value
+
+
+def random_expression(rng: random.Random, numbers: list[int]) -> str:
+    """A random expression that uses each number once, with all manner of signs, parentheses and white space."""
+    parts = [rng.choice(FORMS).format(number) for number in numbers]
+    while len(parts) > 1:
+        i, gaps = rng.randrange(1, len(parts)), rng.choices(["", " ", " ", "  ", "\n", "\t"], k=2)
+        joined = parts[i - 1] + gaps[0] + rng.choice("+-*/") + gaps[1] + parts[i]
+        parts[i - 1 : i + 1] = [rng.choice(FORMS).format(joined)]
+    return parts[0]
 
 
 def mutate(rng: random.Random, text: str, times: int) -> str:
@@ -103,14 +120,22 @@ def mutate(rng: random.Random, text: str, times: int) -> str:
 def hostile_response(rng: random.Random) -> tuple[str, bool, Problem]:
     """(response, truncated, problem): a good response, a damaged one, tags and pieces in any order, a very long one."""
     numbers = [rng.randint(1, 20 if rng.random() < 0.7 else 999) for _ in range(rng.randint(2, 6))]
-    expression, value = random_expression(rng, numbers)
-    if value is None or ((value.denominator > 1 or value <= 0) and rng.random() < 0.8):
+    expression = random_expression(rng, numbers)
+    try:
+        value, _ = evaluate(expression)
+    except ZeroDivisionError:
+        value = Fraction(0)
+    if (value.denominator > 1 or value <= 0) and rng.random() < 0.9:
         return hostile_response(rng)  # most problems can be solved
-    target, kind = abs(round(value)) + (rng.random() < 0.1), rng.random()
+    target, kind = max(1, rng.choice([round, floor, ceil])(value)) + (rng.random() < 0.1), rng.random()
+    if 0.4 < kind < 0.45:
+        depth = rng.choice([100, DEEPEST - 5, DEEPEST, DEEPEST + 1])
+        expression = rng.choice(["(" * depth + expression + ")" * depth, rng.choice("+-") * 2 * depth + expression])
     expression += rng.choice(["", "", f" = {target}", f"=\n{target}"])
-    expression = mutate(rng, expression, rng.randint(1, 3) * (kind < 0.4))
+    expression = mutate(rng, expression, rng.randint(1, 3) * (kind < 0.43))
     if kind > 0.97:
-        expression = rng.choice(["", expression]) + "".join(rng.choices(PIECES, k=2)) * rng.choice([30, 1000, 3000])
+        many = "".join(rng.choices(PIECES, k=2)) * rng.choice([30, 100, 1000, 3000])
+        expression = rng.choice([many, expression + many, many + expression])
     gap = rng.choice(["\n", "\n", " ", "\n\n", "", "\xa0", "so ", "\t\f\v\r"])
     response = f"{rng.choice(THOUGHTS)}</think>{gap}<answer> {expression} </answer>"
     response = mutate(rng, response, rng.randint(1, 4) * (0.5 < kind < 0.75))
@@ -133,7 +158,8 @@ def fuzz(count: int, seed: int) -> Counter[str]:
         reward = grade(*case)
         assert reward == oracle(*case), f"grade says {reward}, the oracle another: {case!r}"
         assert is_fast(case), f"slow, {len(case[0])} characters: {case!r:.500}"
-        seen.update(solved=reward.correct == 1.0, well_formed=reward.format == 0.1, long=len(case[0]) > 20_000)
+        solved, length = reward.correct == 1.0, len(case[0])
+        seen.update(solved=solved, well_formed=reward.format == 0.1, deep=solved and length > 300, long=length > 20_000)
     return seen
 
 

@@ -35,7 +35,7 @@ def small_policy(seed: int, device: str = "cpu", tied: bool = True, **shape: int
             if parameter.dim() == 1:
                 parameter.copy_(1 + 0.3 * noise if "norm" in name else 0.5 * noise)
             else:  # keeps the size of what it multiplies; the logits get a standard deviation of 2
-                scale = 2.0 if name in ("embed.weight", "untied_head") else 1.0
+                scale = 2.0 if name in ("embed_tokens.weight", "lm_head.weight") else 1.0
                 parameter.copy_(scale * noise / parameter.shape[1] ** 0.5)
     return policy.to(device)
 
@@ -43,7 +43,7 @@ def small_policy(seed: int, device: str = "cpu", tied: bool = True, **shape: int
 @torch.no_grad()
 def plain_logits(policy: Qwen2, tokens: list[int]) -> np.ndarray:
     """Logits (T, vocabulary) of one row; the head's matmul is in float64."""
-    hidden = policy(torch.tensor([tokens], device=policy.embed.weight.device))[0]
+    hidden = policy(torch.tensor([tokens], device=policy.head.device))[0]
     return (hidden.double() @ policy.head[: policy.vocabulary].double().t()).cpu().numpy()
 
 
@@ -92,3 +92,14 @@ def as_episodes(responses: Sequence[Response], prompts: Sequence[list[int]]) -> 
     rows = [prompt for prompt in prompts for _ in range(len(responses) // len(prompts))]
     pairs, problem = zip(rows, responses, strict=True), Problem((1, 2), 3)
     return [Episode(problem, prompt, r.ids, r.logprobs, r.truncated, text="") for prompt, r in pairs]
+
+
+def assert_same_gradient(gradient: dict[str, Tensor], expected: dict[str, Tensor], tolerance: float = 3e-5) -> None:
+    for name, tensor in expected.items():  # one by one, so that no small tensor hides behind a large one
+        assert (gradient[name] - tensor).norm() <= tolerance * tensor.norm(), name
+
+
+def active_episodes(*lengths: tuple[int, int]) -> list[Episode]:
+    """Episodes that add to the gradient, with so many tokens of (prompt, response); what they say does not matter."""
+    weights = {"advantage": 1.0, "token_weight": 1e-4}
+    return [Episode(Problem((1, 2), 3), [1] * p, [2] * n, [-1.0] * n, False, "", **weights) for p, n in lengths]

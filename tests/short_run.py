@@ -3,6 +3,7 @@
 import contextlib
 import io
 import json
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -10,12 +11,13 @@ import pytest
 from safetensors.torch import load_file
 
 import train
+from run import Run
 
 ROOT = Path(__file__).resolve().parent.parent
 ROWS = 16  # responses per step
-SETTINGS = ["rollout.group_size=4", "rollout.questions_per_step=4", "rollout.max_new_tokens=48", "train.steps=3"]
-SETTINGS += ["checkpoint.every=1", "checkpoint.keep=9", "eval.size=8", "eval.every=0", "train.threads=1"]
-SETTINGS += [f"model.path={ROOT}/tiny", f"data.path={ROOT}/tiny/problems.parquet", f"output.samples={ROWS}"]
+SETTINGS = f"""rollout.group_size=4 rollout.questions_per_step=4 rollout.max_new_tokens=48 train.steps=3 train.seed=9
+        train.threads=1 data.held_out=8 eval.every=0 checkpoint.every=1 checkpoint.keep=9 output.samples={ROWS}
+        model.path={ROOT}/tiny data.path={ROOT}/tiny/problems.parquet""".split()
 
 
 def arguments(folder: Path, *overrides: str) -> list[str]:
@@ -51,8 +53,20 @@ class Done(NamedTuple):
         return (self.folder / "samples.txt").read_text()
 
 
-def run(folder: Path, *overrides: str, resume: bool = False) -> Done:
-    typed = ["--resume", str(folder), *overrides] if resume else arguments(folder, *overrides)
+def set_scores(patch: pytest.MonkeyPatch, scores: list[float]) -> None:
+    """From now on, these are the results of an evaluation after 0, 1, ... steps of the optimizer."""
+
+    def evaluate(run: Run, kind: str) -> dict[str, float]:
+        return {f"eval_{kind}": scores[run.optimizer.steps], f"eval_{kind}_se": 0.01}
+
+    patch.setattr(train, "evaluate", evaluate)
+
+
+def run(folder: Path, *overrides: str, resumed: bool = False) -> Done:
+    typed = ["--resume", str(folder), *overrides] if resumed else arguments(folder, *overrides)
     with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.redirect_stderr(io.StringIO()) as err:
         status = train.main(typed)
     return Done(folder, status, out.getvalue().splitlines(), err.getvalue().splitlines())
+
+
+resume = partial(run, resumed=True)

@@ -9,38 +9,38 @@ from contextlib import contextmanager
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 
-class Answers(http.server.BaseHTTPRequestHandler):
-    """The model lab/model and the data set lab/countdown hold the server's files; others refuse in their ways."""
+REFUSALS = {  # part of an address, status, headers
+    **dict.fromkeys(["/no/", "/models/lab/countdown", "/datasets/lab/model"], (404, {"X-Error-Code": "RepoNotFound"})),
+    "/gated/": (403, {"X-Error-Code": "GatedRepo", "X-Error-Message": "\x1b[31mask first"}),
+    "/revision/v9": (404, {"X-Error-Code": "RevisionNotFound"}),
+}
 
-    def reply(self, status: int, body: bytes = b"{}", **headers: str) -> None:
+
+class Answers(http.server.BaseHTTPRequestHandler):
+    """The model lab/model and the data set lab/countdown hold the server's files."""
+
+    def reply(self, status: int, headers: dict[str, str], body: bytes = b"{}") -> None:
         self.send_response(status)
         for name, value in {"Content-Length": str(len(body)), **headers}.items():
-            self.send_header(name.replace("_", "-"), value)
+            self.send_header(name, value)
         self.end_headers()
         if self.command == "GET":
             self.wfile.write(body)
 
     def do_GET(self) -> None:
         path = self.path.split("?")[0]
-        if "/gated/" in path or ("/sealed/" in path and "/resolve/" in path):  # sealed: its list is open
-            self.reply(403, X_Error_Code="GatedRepo", X_Error_Message="\x1b[31mask first")
-        elif "/expired/" in path:
-            self.reply(401, X_Error_Message="Invalid credentials in Authorization header")
-        elif "/broken/" in path:
-            self.reply(418)
-        elif not ("/lab/" in path or "/sealed/" in path) or ("/datasets/" in path) != ("/countdown/" in path):
-            self.reply(404, X_Error_Code="RepoNotFound")
-        elif path.endswith("/revision/v9"):
-            self.reply(404, X_Error_Code="RevisionNotFound")
+        refusals = [refusal for part, refusal in REFUSALS.items() if part in path]
+        if refusals:
+            self.reply(*refusals[0])
         elif "/revision/" in path:
-            self.reply(200, json.dumps({"id": "lab/any", "sha": COMMIT, "siblings": []}).encode())
+            self.reply(200, {}, json.dumps({"id": "lab/any", "sha": COMMIT, "siblings": []}).encode())
         elif "/tree/" in path:
             sizes = {name: len(body) for name, body in self.server.files.items()}
             listing = [{"type": "file", "path": name, "size": size, "oid": "0" * 40} for name, size in sizes.items()]
-            self.reply(200, json.dumps(listing).encode())
+            self.reply(200, {}, json.dumps(listing).encode())
         else:
             name = path.partition(f"/resolve/{COMMIT}/")[2]
-            self.reply(200, self.server.files[name], ETag=f'"{name}"', X_Repo_Commit=COMMIT)
+            self.reply(200, {"ETag": f'"{name}"', "X-Repo-Commit": COMMIT}, self.server.files[name])
 
     do_HEAD = do_GET
 

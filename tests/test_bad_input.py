@@ -23,7 +23,6 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
 from tensorboard.backend.event_processing.event_accumulator import TENSORS, EventAccumulator
 
 import train
@@ -37,10 +36,9 @@ rollout: {max_new_tokens: 4, group_size: 2, questions_per_step: 1}
 train: {learning_rate: 1e-4, steps: 2, threads: 1}
 model: {path: model, device: cpu}
 data: {path: data.parquet, held_out: 4}
-eval: {size: 4}
 checkpoint: {every: 1}
 """
-WEIGHTS, CONFIG_JSON, NORM = "model/model.safetensors", "model/config.json", "model.norm.weight"
+WEIGHTS, CONFIG_JSON = "model/model.safetensors", "model/config.json"
 BPE, SETTING, GENERATION, TEMPLATE = (f"model/{name}" for name in (
     "tokenizer.json", "tokenizer_config.json", "generation_config.json", "chat_template.jinja"))  # fmt: skip
 OLD, NEWEST = "runs/old", "runs/old/checkpoints/step-000002"
@@ -91,57 +89,34 @@ def keys(path: str, within: str = "", **changes: object) -> None:
 
 
 @later
-def tensors(change: Callable[[dict[str, torch.Tensor]], object]) -> None:
-    change(content := load_file(WEIGHTS))
-    lose(WEIGHTS)()
-    save_file(content, WEIGHTS)
-
-
-@later
 def table(**columns: object) -> None:
     Path("data.parquet").unlink(missing_ok=True)
     pyarrow.parquet.write_table(pyarrow.table(columns), "data.parquet")
 
 
-CONFIG_FILES = {  # content, words
-    "": "rollout:", "train\n": "rollout:", "- train\n- 3\n": "rollout:", "train: 3\n": "train 3",
-    "rolout: {}\n": "rolout rollout?", "learning_rate: 3\n": "learning_rate",
-    "train:\n  learning_rat: 3\n": "train.learning_rat train.learning_rate?",
-    "train:\n  group_size: 3\n": "train.group_size rollout.group_size?",
-    "eval:\n\tsize: 3\n": "line 2", "eval: {size: 3\n": "line 2", b"model:\n  path: caf\xe9\n": "utf-8",
-    "model:\n  path: !!python/object/apply:os.getcwd []\n": "model.path",
-    CONFIG.replace("1e-4", "fast"): "train.learning_rate fast number",
-    CONFIG.replace("steps: 2", "steps: 1.5"): "train.steps 1.5 whole",
-    CONFIG.replace("group_size: 2", "group_size:"): "rollout.group_size empty whole",
-    CONFIG.replace("learning_rate: 1e-4, ", ""): "train.learning_rate missing",
-    CONFIG.replace("path: model, ", ""): "model.path missing",
-    CONFIG.replace("eval: {size: 4", "eval: {size: 5"): "eval.size 5 data.held_out 4",
-    CONFIG.replace("threads: 1", "optimizer: split"): "train.optimizer split model.dtype",
-    CONFIG.replace("threads: 1", "updates_per_batch: 2"): "train.updates_per_batch 2 train.objective",
-}  # fmt: skip
-OVERRIDES = {  # override, words beside itself
-    "rollout.group_size": "section.key=value", "=16": "", "group_size=16": "rollout.group_size?",
-    "train.learningrate=1": "train.learning_rate?", "data.number_counts=[3": "YAML",
-    "data.number_counts=[3, 7]": "at most 6", "model.path=[tiny]": "text", "model.revision={a: b}": "text null",
-}  # fmt: skip
 VALUES = """rollout.group_size=1 rollout.group_size=16.0 rollout.questions_per_step=0 rollout.max_draws=101
-    rollout.max_new_tokens=0x10 rollout.temperature=0 rollout.top_p=1.01 rollout.top_k=-1 rollout.max_rows=0
-    train.learning_rate=1e400 train.learning_rate=nan train.steps=1000000 train.seed=4294967296
-    train.warmup_steps=few train.schedule=linear train.weight_decay=-0.1 train.optimizer=adam train.beta1=1
-    train.beta2=nan train.max_grad_norm=inf train.divide_by_std=1 train.objective=ppo train.updates_per_batch=0
-    train.clip_low=2 train.clip_high=0 train.ratio_cap=-2 train.divide_loss_by=token train.truncated=drop
-    train.penalty_tokens=0 train.tokens_per_microbatch=8k train.activation_checkpointing=off train.max_skips=0
-    train.threads=-2 model.path= model.revision=[main] model.device=gpu model.dtype=float16 data.path=null
-    data.revision={} data.held_out=0 data.number_counts=1 data.target_low=low data.target_high=1.5 eval.every=-1
-    eval.size=1e2 eval.temperature=-0.1 checkpoint.every=-5 checkpoint.keep=0 output.folder= output.samples=two"""
+    rollout.max_new_tokens=1048577 rollout.max_new_tokens=0 rollout.temperature=0 rollout.top_p=1.01 rollout.top_k=-1
+    rollout.max_rows=-1 train.learning_rate=1e400 train.learning_rate=nan train.steps=1000000 train.seed=4294967296
+    train.seed=-1 train.warmup_steps=few train.schedule=linear train.weight_decay=-0.1 train.optimizer=adam
+    train.beta1=1 train.beta2=nan train.beta2=-0.1 train.max_grad_norm=inf train.divide_by_std=1 train.objective=ppo
+    train.updates_per_batch=0 train.clip_low=2 train.clip_high=0 train.ratio_cap=-2 train.divide_loss_by=token
+    train.truncated=drop train.penalty_tokens=0 train.tokens_per_microbatch=8k train.activation_checkpointing=off
+    train.max_skips=0 train.threads=-2 model.path= model.revision=[main] model.device=gpu model.dtype=float16
+    data.path=null data.revision={} data.held_out=0 data.fewest_numbers=1 data.fewest_numbers=7 data.most_numbers=7
+    data.most_numbers=1 data.target_low=low data.target_low=0 data.target_high=1.5 eval.every=-1 checkpoint.every=-5
+    checkpoint.keep=0 output.folder= output.samples=two"""
 LONG = "x" * 300
-NUMBERS = ["vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"]
-NUMBERS += ["num_key_value_heads", "max_position_embeddings", "rms_norm_eps", "rope_theta"]
 HOSTILE_NAME = "a\x1b[2J\x1b]0;owned\x07\u202e\r\n\u2028train.py: all is well"  # hides an error, or forges another
 nothing = Mock()  # is wrong with a file
 TABLE = [  # damage, arguments, words
-    *[(put("config.yml", content), [], f"config.yml {words}") for content, words in CONFIG_FILES.items()],
-    *[(nothing, [override], f"{override} {words}") for override, words in OVERRIDES.items()],
+    # the config, and overrides; test_config.py has the rest
+    *[(put("config.yml", content), [], f"config.yml {words}") for content, words in {
+        "": "rollout:", "train:\n  learning_rat: 3\n": "train.learning_rat train.learning_rate?",
+        b"model:\n  path: caf\xe9\n": "utf-8", "model:\n  path: !!python/object/apply:os.getcwd []\n": "model.path",
+        CONFIG.replace("path: model, ", ""): "model.path missing", "eval: {every: 3\n": "line 2",
+        CONFIG.replace("threads: 1", "optimizer: split"): "train.optimizer split model.dtype"}.items()],
+    (nothing, ["rollout.group_size"], "rollout.group_size section.key=value"), (nothing, ["data.path=[3"], "YAML"),
+    (nothing, ["group_size=16"], "group_size=16 rollout.group_size?"),
     *[(nothing, [override], override.replace("=", " ")) for override in VALUES.split()],
     # the command line
     *[(nothing, ["--config", path], path) for path in ("absent.yml", "model", "notes/c.yml", "data.parquet", LONG)],
@@ -163,7 +138,7 @@ TABLE = [  # damage, arguments, words
     # the run to resume
     *[(damage(f"{OLD}/config.yml"), ["--resume", OLD], OLD) for damage in (lose, halved)],
     *[(nothing, ["--resume", OLD, change], change.replace("=", " ")) for change in (
-        "model.path=tiny", "model.dtype=bfloat16", "data.held_out=5", "data.number_counts=3", "train.seed=2",
+        "model.path=tiny", "model.dtype=bfloat16", "data.held_out=5", "data.fewest_numbers=3", "train.seed=2",
         "train.optimizer=offload", "train.steps=1")],
     *[(damage(f"{NEWEST}/{file}"), ["--resume", OLD], f"{NEWEST} {file}") for damage in (lose, flipped) for file in (
         "state.json", "config.json", "tokenizer.json", "model.safetensors", "optimizer.safetensors")],
@@ -172,59 +147,24 @@ TABLE = [  # damage, arguments, words
       for damage in (lose, halved) for file in ("metrics.jsonl", "samples.txt")],
     *[(damage, ["--resume", OLD], f"{OLD}/checkpoints/step-000003") for damage in (
         put(f"{OLD}/checkpoints/step-000003", ""), folder_at(f"{OLD}/checkpoints/step-000003"))],
-    # the model
+    # the model; test_model_folder.py has the rest
     *[(damage(path), [], path) for path in (CONFIG_JSON, BPE, SETTING) for damage in (lose, folder_at, halved)],
     *[(put(path, text), [], path) for path in (CONFIG_JSON, BPE, SETTING) for text in ("", "[]", b"\xff", "[" * 10**5)],
-    *[(keys(CONFIG_JSON, **{key: value}), [], f"{CONFIG_JSON} {key}") for key, value in [
-        *[(key, ...) for key in (*NUMBERS, "model_type", "hidden_act", "tie_word_embeddings")],
-        *[(key, value) for key in NUMBERS for value in ("496", -128, 0, 10**400, [384], True, math.nan)],
-        ("model_type", "llama"), ("model_type", ["qwen2"]), ("hidden_act", "gelu"), ("use_sliding_window", True),
-        ("quantization_config", {"bits": 4}), ("tie_word_embeddings", 1), ("vocab_size", 496.0), ("head_dim", 15),
-        ("num_attention_heads", 7), ("rope_scaling", {"type": "yarn", "factor": 4.0}), ("rope_scaling", "linear"),
-        ("rope_parameters", {"rope_type": "llama3"}), ("layer_types", 5)]],
-    (keys(CONFIG_JSON, rope_parameters={"rope_theta": 5e5}), [], f"{CONFIG_JSON} rope_theta"),
-    *[(put(WEIGHTS, text), [], WEIGHTS) for text in ("", "<html></html>", b"PK\3\4" + bytes(500), POINTER)],
-    *[(damage(WEIGHTS), [], WEIGHTS) for damage in (folder_at, halved)],
-    *[(altered(WEIGHTS, change), [], WEIGHTS) for change in (
-        lambda c: c[:5], lambda c: c[:100], lambda c: c[:-1], lambda c: c + b"\0", lambda c: b"\xff" * 8 + c[8:])],
-    (lose(WEIGHTS), [], "model missing"),
-    (tensors(lambda t: t.pop(NORM)), [], f"{NORM} missing"),
-    (tensors(lambda t: t.update(v_head=torch.ones(1))), [], "v_head unknown"),
-    (tensors(lambda t: t.update({NORM: torch.ones(127)})), [], f"{NORM} 127"),
-    (tensors(lambda t: t.update({NORM: torch.ones(128, dtype=torch.float64)})), [], f"{NORM} F64"),
-    (tensors(lambda t: t.update({"lm_head.weight": t["model.embed_tokens.weight"] + 1})), [], "lm_head.weight differs"),
-    (lambda: shutil.copy(WEIGHTS, "model/model-2.safetensors"), [], "model.safetensors model-2.safetensors"),
-    # the tokenizer
-    *[(keys(BPE, **{key: value}), [], BPE) for key, value in (("model", None), ("normalizer", {"type": "NFX"}))],
+    *[(keys(CONFIG_JSON, **{key: value}), [], f"{CONFIG_JSON} {key}") for key, value in (
+        ("model_type", ...), ("vocab_size", 10**400), ("rope_scaling", {"type": "yarn", "factor": 4.0}))],
+    *[(damage(WEIGHTS), [], f"{WEIGHTS}: ") for damage in (folder_at, halved)], (lose(WEIGHTS), [], "model missing"),
+    # the tokenizer; test_tokenizer.py has the rest
     (keys(BPE, "model", merges=[["no", "ne"]]), [], BPE),
     (keys(BPE, "model", vocab={"a": 5000}, merges=[]), [], "tokenizer 5001 496"),
-    *[(keys(SETTING, chat_template=value), [], "model chat template") for value in (
-        ..., 5, [{"name": "rag", "template": "x"}], "{% if x %}", "{% fro x %}", "{{ x | nothing }}",
-        "{{ " + "(" * 3000 + "1" + ")" * 3000 + " }}", "{{ raise_exception('no') }}", "no question")],
+    *[(keys(SETTING, chat_template=value), [], "model chat template") for value in (..., "{% if x %}", "{{ 1 / 0 }}")],
     (keys(SETTING, chat_template="{{ messages[0].content * 200 }}"), [], "model rollout.max_new_tokens"),
-    *[(damage, [], TEMPLATE) for damage in (put(TEMPLATE, b"\x80"), folder_at(TEMPLATE))],
-    *[(put(GENERATION, content), [], GENERATION) for content in ("{,}", "[495]")],
-    *[(keys(GENERATION, eos_token_id=value), [], f"{GENERATION} eos_token_id") for value in (496, -1, True, 9.5)],
-    *[(keys(GENERATION, eos_token_id=[value]), [], f"{GENERATION} eos_token_id") for value in ([495], {"a": 1}, None)],
-    (keys(SETTING, eos_token="</s>"), [], "model eos_token"),
+    (folder_at(TEMPLATE), [], TEMPLATE), (keys(GENERATION, eos_token_id=496), [], f"{GENERATION} eos_token_id"),
     (lambda: (keys(SETTING, eos_token=...)(), lose(GENERATION)()), [], "model eos_token"),
-    # the data
-    *[(put("data.parquet", content), [], "data.parquet") for content in (b"", "nums,target\n[3, 7],10\n", POINTER)],
-    *[(altered("data.parquet", change), [], "data.parquet") for change in (lambda c: c[:-1], lambda c: c[4:])],
-    *[(damage("data.parquet"), [], "data.parquet") for damage in (halved, folder_at)],
-    *[(table(**{name: [[3, 7]]}), [], "data.parquet nums target") for name in ("nums", "target", "Nums")],
-    (nothing, ["data.path=runs"], "runs .parquet"),
+    # the data; test_countdown_task.py has the rest
+    (halved("data.parquet"), [], "data.parquet nums target"), (folder_at("data.parquet"), [], "data.parquet"),
     (put("model/problems.parquet", ""), ["data.path=model"], "model/problems.parquet"),  # there is a good one besides
-    (table(nums=pyarrow.array([], pyarrow.list_(pyarrow.int64())), target=[]), [], "data.parquet no row"),
-    *[(table(nums=[nums], target=[10]), [], "data.parquet nums row 0") for nums in (
-        ["3", "7"], "3, 7", [3], [], [1, 2, 3, 4, 5, 6, 7], [[3, 7], [5, 6]], 3, [3.0, 7.5], [3.0, math.nan], [0, 7],
-        [-3, 7], [3, 2**62], [True, False])],
-    *[(table(nums=[[3, 7]], target=[target]), [], "data.parquet target row 0") for target in (
-        "10", None, 0, math.nan, math.inf, -4, 1e30, [10])],
+    (table(nums=[[3, math.nan]], target=[10]), [], "data.parquet nums target row 0"),
     (table(nums=[[3, 7], [7, 3]] * 10, target=[10] * 20), [], "1 different data.held_out"),
-    (nothing, ["data.held_out=20"], "20 different data.held_out"),
-    (nothing, ["data.number_counts=[6]"], "data.parquet data.number_counts"),
-    (nothing, ["data.target_low=1000"], "data.parquet data.target_low"),
     (nothing, ["data.target_low=20", "data.target_high=15"], "data.parquet data.target_high"),
 ]  # fmt: skip
 NEW = ["--config", "config.yml"]
@@ -331,7 +271,7 @@ def test_hostile_responses_do_no_harm_wherever_they_are_shown(workplace, monkeyp
     stats = dict.fromkeys(("loss", "entropy", "approx_kl", "logprob_gap", "clip_fraction"), math.nan)
     monkeypatch.setattr("grpo.accumulate_gradient", Mock(return_value=stats))
     monkeypatch.setattr(Tokenizer, "decode", Mock(side_effect=HOSTILE * 2))
-    settings = ["train.steps=1", "eval.size=1", "rollout.group_size=16", "output.samples=16"]
+    settings = ["train.steps=1", "data.held_out=1", "rollout.group_size=16", "output.samples=16"]
     assert train.main([*NEW, "--name", "new", *settings]) == 0
     run, said = Path("runs/new"), "".join(capfd.readouterr())
     samples = (run / "samples.txt").read_text()

@@ -11,14 +11,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from plain_policy import DEVICES, small_policy
+from plain_policy import DEVICES, active_episodes, small_policy
 from test_without_a_card import OneDevice
 from torch.utils.flop_counter import FlopCounterMode
 
 import benchmark
 from benchmark import ForcedDecoder, Workload, accumulate_gradient, main, naive_gradient
 from config import load_config
-from data_types import Episode, Problem, Sampling
+from data_types import Sampling
 from rollout import Decoder, KVCache
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -38,14 +38,14 @@ def work():
 
 
 def test_forced_lengths_are_obeyed_in_every_wave_and_bring_nothing_from_the_cpu_into_a_graph(work, monkeypatch):
-    monkeypatch.setattr(work.sampler, "max_rows", 8)
+    monkeypatch.setattr(work, "plan", replace(work.plan, rows=8))
     lengths = [len(response.ids) for response in work.sample()]
     assert lengths == (work.uniforms > 0).sum(dim=1).tolist() != sorted(lengths)
     assert [bool(episode.advantage) for episode in work.episodes] == [True] * 12 + [False] * 4
     config = load_config("config_tiny.yml", [*SIZE, "rollout.max_new_tokens=1024", "rollout.group_size=256"])
     assert 290 < (Workload(config, "0.5B").uniforms > 0).sum(dim=1).float().mean() < 331  # a few are truncated
     policy = small_policy(1).to("meta")
-    decoder = ForcedDecoder(policy, KVCache(policy, [3], [0] * 6, 5), torch.empty(6, 5, device="meta"), [], Sampling())
+    decoder = ForcedDecoder(policy, KVCache(policy, [3], 6, 5), torch.empty(6, 5, device="meta"), [], Sampling())
     monkeypatch.setattr(Decoder, "record", lambda decoder, logits: None)
     with OneDevice():
         decoder.record(torch.empty(6, 231, device="meta"))
@@ -101,7 +101,7 @@ def test_an_ablated_sampler_does_more_work_for_as_many_tokens(work, monkeypatch)
 def test_bytes_and_flops_are_those_of_the_model(tied):
     """torch counts the matmuls of each row alone, without padding, the head at response tokens only."""
     policy, counter = small_policy(4, tied=tied), FlopCounterMode(display=False)
-    episodes = [Episode(Problem((1, 1), 2), [1] * p, [2] * n, [], True, "") for p, n in ((5, 3), (1, 9))]
+    episodes = active_episodes((5, 3), (1, 9))
     with counter:
         for e in episodes:
             hidden = policy(torch.tensor([e.prompt_ids + e.response_ids]))[0, len(e.prompt_ids) - 1 : -1]
@@ -111,9 +111,9 @@ def test_bytes_and_flops_are_those_of_the_model(tied):
     matmuls = counted[torch.ops.aten.mm] + counted[torch.ops.aten.addmm]
     assert benchmark.useful_flops(policy, episodes) == matmuls + 3 * 2 * 2 * 8 * 4 * 2 * pairs
     weights = sum(weight.numel() for weight in policy.parameters()) - 32  # the last norm
-    weights -= 0 if tied else policy.embed.weight.numel()
+    weights -= 0 if tied else policy.embed_tokens.weight.numel()
     read = sum(len(e.prompt_ids) + step for e in episodes for step in range(1, len(e.response_ids) + 1))
-    column = KVCache(policy, [64], [0], 64).data.nbytes // 128
+    column = KVCache(policy, [64], 1, 64).data.nbytes // 128
     assert benchmark.bytes_to_move(policy, episodes) == 4 * weights * 9 + column * read
 
 

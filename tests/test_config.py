@@ -1,17 +1,16 @@
 """The configuration: what a config file may say, and the one line a person gets for a mistake in it."""
 
 import re
-from dataclasses import FrozenInstanceError, dataclass, fields, replace
+from dataclasses import FrozenInstanceError, replace
 from pathlib import Path
 
 import pytest
 import yaml
 from hypothesis import given, settings, strategies as st
 
-import config
 import data_types as types
 from config import SETTINGS, dump_config, load_config
-from data_types import Config, UserError, setting
+from data_types import Config, UserError
 
 ROOT = Path(__file__).resolve().parent.parent
 # a file needs no more than this; values as a person types them
@@ -58,7 +57,7 @@ def test_the_smallest_file_gives_every_other_setting_its_default(load):
     )  # fmt: skip
     for text in (SMALLEST, SMALLEST + "eval:\n", SMALLEST + "eval: {}\n", "\ufeff" + SMALLEST.replace("\n", "\r\n")):
         assert load(text) == expected
-    assert load(SMALLEST, "eval.temperature=0.5") == replace(expected, eval=types.EvalSettings(temperature=0.5))
+    assert load(SMALLEST, "eval.every=5") == replace(expected, eval=types.EvalSettings(every=5))
     for target, name in ((expected.train, "steps"), (expected, "train")):
         with pytest.raises(FrozenInstanceError):  # nothing changes a config behind the run's back
             setattr(target, name, 3)
@@ -68,14 +67,12 @@ ACCEPTED = [  # setting, (as typed, value), which yaml.safe_load would often get
     ("train.learning_rate", [("1e-6", 1e-6), ("1", 1.0), ("0.7  # a comment", 0.7)]),  # safe_load: "1e-6" is a string
     ("train.steps", [("010", 10), ("999999", 999999)]),  # safe_load: 010 is octal
     ("train.beta1", [("0", 0.0)]),
-    ("data.target_low", [("null", None), ("~", None), ("", None), ("7", 7)]),
     ("train.divide_by_std", [("false", False), ("true", True)]),
     ("train.schedule", [("cosine", "cosine")]),
     ("model.device", [("cuda:3", "cuda:3")]),
     ("model.path", [('"a folder: with #, and é 数"', "a folder: with #, and é 数"), ("C:\\qwen", "C:\\qwen")]),
-    # safe_load: an octal number, a float, a date, False
-    ("model.revision", [(text, text) for text in ("0123456", "1234e10", "2024-01-31", "off")]),
-    ("data.number_counts", [("[]", ()), ("[3, 4]", (3, 4)), ("3", (3,))]),
+    # safe_load: an octal number, a float, a date, False, None
+    ("model.revision", [(text, text) for text in ("0123456", "1234e10", "2024-01-31", "off", "null", "~")]),
 ]
 
 
@@ -93,7 +90,7 @@ def test_overrides_come_after_the_file_and_the_last_one_wins(load):
     assert (loaded.rollout.group_size, loaded.eval.every) == (32, 0)
     required = ["data.path=numbers", "train.learning_rate=3e-4", "train.steps=2", "rollout.max_new_tokens=9"]
     assert load("model: {path: tiny}\n", *required).train.learning_rate == 3e-4
-    load(SMALLEST, "data.held_out=100", "eval.size=100", "train.updates_per_batch=2", "train.objective=clipped")
+    load(SMALLEST, "train.updates_per_batch=2", "train.objective=clipped")
 
 
 def complaint(load, content: str | bytes, *overrides: str) -> str:
@@ -106,22 +103,15 @@ def complaint(load, content: str | bytes, *overrides: str) -> str:
     return message
 
 
-BAD_VALUES = [  # setting, what the message says is allowed, values as typed
+BAD_VALUES = [  # setting, what the message says is allowed, values as typed; test_bad_input.py has every setting
     ("rollout.group_size", "whole number.* 2.* 65536", "1|-16|16.0|0x10|true|sixteen|null||[16]|{a: 16}|65537|nan"),
-    ("rollout.max_new_tokens", "whole number.* 1.* 1048576", "0|1048577"),
-    ("rollout.temperature", "number.* 0", "0|-0.5|hot"),
     ("rollout.top_p", "number.* 0.* 1", "0|1.01"),
     ("train.learning_rate", "number.* 0", "0|-1e-6|1e-400|1e400|.inf|inf|.nan|nan|fast|1e-6x|1,5|true"),
     ("train.steps", "whole number.* 1.* 999999", f"0|1000000|{'9' * 400}|{'9' * 5000}"),  # six digits name a checkpoint
-    ("train.seed", "whole number.* 0", "-1|4294967296"),
-    ("train.schedule", "constant.* cosine", "linear|Constant"),
-    ("train.objective", "reinforce.* clipped.* truncated_is", "ppo"),
-    ("train.beta2", "number.* 0.* 1", "1|-0.1"),
+    ("train.objective", "reinforce.* clipped.* truncated_is", "ppo|Clipped"),
     ("train.divide_by_std", "true.* false", "1|maybe|null"),
     ("model.path", "text", "|''|[tiny]|{a: b}"),
     ("model.device", "auto.* cpu.* mps.* cuda", "gpu|'cuda:'|cuda:first|cpu2"),
-    ("data.number_counts", "list.*whole number.* 2.* 6", "[3, 7]|[3, 4.0]|[[3]]|3 4|null"),
-    ("data.target_low", "whole number.* null", "low|1.5|-7"),
 ]
 
 
@@ -147,11 +137,10 @@ MISTAKES = [  # content of the file, overrides, what the message names
     (SMALLEST, ["rolout.group_size=1"], " rollout.group_size"), (SMALLEST, ["--train.steps=1"], " train.steps"),
     (SMALLEST, ["a\nb\x1b[31m\u202e\ud800 é=1"], r" a\\nb\\x1b\[31m\\u202e\\ud800 é"),  # one harmless line
     (SMALLEST, ["rollout.group.size=16"], ""), (SMALLEST, ["eval=3"], ""), (SMALLEST, ["=16"], ""),
-    (SMALLEST, ["train.steps==5"], "train.steps is =5"), (SMALLEST, ["data.number_counts=[3"], "YAML"),
+    (SMALLEST, ["train.steps==5"], "train.steps is =5"), (SMALLEST, ["data.path=[3"], "YAML"),
     (with_value("train.steps", "0"), ["train.steps=5"], "train.steps is 0"),  # an override hides no mistake
     *((SMALLEST.replace(f"  {key}: {value}\n", ""), [], rf"{section}\.{key} is missing")
       for section, keys in REQUIRED.items() for key, value in keys.items()),
-    (SMALLEST, ["data.held_out=100", "eval.size=101"], "eval.size.* data.held_out.* 100"),
     (SMALLEST, ["train.optimizer=split"], "train.optimizer.* model.dtype"),
     (SMALLEST, ["train.updates_per_batch=2"], "train.updates_per_batch.* train.objective"),
 ]  # fmt: skip
@@ -162,48 +151,25 @@ def test_a_mistake_gets_one_line_that_names_it(load, content, overrides, named):
     assert re.search(named, complaint(load, content, *overrides))
 
 
-@pytest.mark.parametrize("name", ["missing.yml", "", "file/config.yml", "x" * 300, "a\nb"])
-def test_a_file_that_cannot_be_read_is_named(tmp_path, name):
-    (tmp_path / "file").touch()
-    with pytest.raises(UserError) as caught:
-        load_config(tmp_path / name)
-    assert str(UserError(str(tmp_path / name))) in str(caught.value)
-
-
-def test_every_setting_says_what_it_means_and_a_new_one_needs_only_its_line(monkeypatch):
-    @dataclass
-    class New:
-        weights: tuple[float, ...] | None = setting(None, "an example", at_least=0)
-
-    assert all(spec.metadata["meaning"] for spec in SETTINGS.values())
-    monkeypatch.setitem(SETTINGS, "train.weights", fields(New)[0])
-    for value, meaning in ((["1", "2.5", "1e-3"], (1.0, 2.5, 0.001)), ("null", None), ([], ())):
-        assert config.read_setting("here", "train.weights", value) == meaning
-    with pytest.raises(UserError, match=r"train.weights.*list.*number.* 0.*null"):
-        config.read_setting("here", "train.weights", ["1", "-2"])
-
-
 def test_the_dump_is_plain_yaml_with_every_setting_and_starts_with_what_people_tune(load):
-    text = dump_config(load(SMALLEST, "data.number_counts=[3, 4]", "output.folder=läufe 数"))
+    text = dump_config(load(SMALLEST, "output.folder=läufe 数"))
     assert text.startswith("rollout:\n  group_size: 16\n")
     assert "  folder: läufe 数\n" in text  # not as escapes
-    plain = yaml.safe_load(text)
-    assert [f"{section}.{key}" for section, keys in plain.items() for key in keys] == list(SETTINGS)
-    assert (plain["data"]["number_counts"], plain["model"]["revision"]) == ([3, 4], None)
+    assert [f"{section}.{key}" for section, keys in yaml.safe_load(text).items() for key in keys] == list(SETTINGS)
+    assert all(spec.metadata["meaning"] for spec in SETTINGS.values())
 
 
 LOOKALIKES = ["true", "1e-6", "010", "no", "None", "a: b", "- a", "#a", "*a", "!a", "=", "<<", "'", '"', "[", " a ",
-              "é 数 🙂", "2024-01-31", "x " * 100]  # fmt: skip  # YAML would misread or fold them
+              "é 数 🙂", "2024-01-31", "x " * 100, "null", "~"]  # fmt: skip  # YAML would misread or fold them
 WORDS = st.sampled_from(LOOKALIKES) | st.text(min_size=1).filter(lambda text: text.isprintable() and text.strip())
 
 
 @settings(derandomize=True, deadline=None, max_examples=100)
-@given(WORDS, st.none() | WORDS, st.floats(0, 2**31, exclude_min=True), st.lists(st.integers(2, 6)))
-def test_a_dump_reads_back_equal(tmp_path_factory, path, revision, rate, counts):
+@given(WORDS, WORDS, st.floats(0, 2**31, exclude_min=True), st.integers(1, 2**31))
+def test_a_dump_reads_back_equal(tmp_path_factory, path, revision, rate, low):
     file = tmp_path_factory.getbasetemp() / "dumped.yml"
     tiny = load_config(ROOT / "config_tiny.yml")
-    model = types.ModelSettings(path=path, revision=None if revision in ("~", "null") else revision)
-    data = types.DataSettings(path=path, number_counts=tuple(counts))
+    model, data = types.ModelSettings(path=path, revision=revision), types.DataSettings(path=path, target_low=low)
     written = replace(tiny, model=model, data=data, train=replace(tiny.train, learning_rate=rate, divide_by_std=False))
     file.write_text(dump_config(written), encoding="utf-8")
     assert load_config(file) == written

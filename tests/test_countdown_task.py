@@ -5,7 +5,7 @@ import random
 import re
 from collections import Counter
 from fractions import Fraction
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ import pandas
 import pyarrow
 import pyarrow.parquet
 import pytest
-from fuzz_grader import fuzz, is_fast, random_expression
+from fuzz_grader import DEEPEST, fuzz, is_fast
 from small_hub import small_hub
 
 import countdown_task as task
@@ -76,7 +76,7 @@ def test_format(reward):
         assert grade(response, True, PUZZLE).total == reward[1]  # truncated: nothing for the format
 
 
-DEEPEST = "(" * task.MAX_EXPRESSION_DEPTH + "3 + 7" + ")" * task.MAX_EXPRESSION_DEPTH
+LONGEST = "-" * (task.MAX_EXPRESSION_LENGTH - 5) + "(3+7)"
 EXPRESSIONS = [  # numbers, target, right answers, wrong answers
     ((3, 7, 12), 33, ["12 + 7 * 3", "7*3+12", "\n\t( 12 + (7) * 3 )\r\n", "12 + 7 * 3 = 33", "12 + 7 * 3 =\n33\n"],
      ["33", "12 + 7 + 7 + 7", "1 * 2 + 7 * 3 + 10", "12 + 7 + 3", "12 - 7 * 3"]),
@@ -95,14 +95,14 @@ EXPRESSIONS = [  # numbers, target, right answers, wrong answers
     ((2, 3, 4), 20, ["(2 + 3) * 4"], ["2 + 3 * 4"]), ((2, 3, 4), 14, ["2 + 3 * 4"], ["(2 + 3) * 4"]),
     ((2, 3, 10), 5, ["10 - 3 - 2"], ["10 - (3 - 2)"]), ((2, 3, 10), 9, ["10 - (3 - 2)"], ["10 - 3 - 2"]),
     ((2, 4, 16), 2, ["16 / 4 / 2"], ["16 / 4 * 2"]), ((2, 4, 16), 8, ["16 / 4 * 2"], ["16 / 4 / 2"]),
-    # one sign before a number or a parenthesis
+    # any signs before a number or a parenthesis
     ((3, 7), 4, ["-3 + 7", "-(3 - 7)", "- (3 + (-7))"], ["3 - 7", "7 \u2212 3"]),
-    ((3, 7), 10, ["+3 + +7", "3 - -7", "-(-(3 + 7))"], ["--3 + 7", "3 - - - 7", "3 + 7 -", "3 + 7 +", "-"]),
+    ((3, 7), 10, ["+3 + +7", "3 - -7", "-(-(3 + 7))", "--3 + +-+ -7"], ["3 - - - 7", "3 + 7 -", "3 + 7 +", "-"]),
     ((3, 7), 21, ["-3 * -7"], ["3 \xd7 7", "3 \\times 7", "3(7)", "(3)(7)", "3 x 7"]),
     # other operations and other languages
     ((2, 3), 8, [], ["2 ** 3", "2 ^ 3"]), ((2, 7), 1, [], ["7 % 2"]),
     ((3, 7), 10, [], ["__import__('os').getpid() * 0 + 3 + 7", "3 + 7 # easy", "3 + 7;", "3 + 7, 3 + 7", "$3 + 7$"]),
-    ((3, 7), 10, [], ["3 + 7\n3 + 7", "3 +\xa07", "3 +\x007", "ten", "", "  "]),
+    ((3, 7), 10, [], ["3 + 7\n3 + 7", "3 +\xa07", "\xa03 + 7", "3 + 7\u2028", "3 +\x007", "\ud800", "ten", "", "  "]),
     # parentheses, and division by zero, which is no answer and no crash
     ((3, 7), 10, [], ["(3 + 7", "3 + 7)", ")3 + 7(", "3 + () 7", "[3 + 7]"]),
     ((3, 3, 7), 7, [], ["7 / (3 - 3)"]), ((3, 3, 7), 0, ["(3 - 3) / 7"], ["(3 - 3) / (7 - 7)"]),
@@ -110,9 +110,11 @@ EXPRESSIONS = [  # numbers, target, right answers, wrong answers
     ((3, 7), 10, ["3 + 7 = 10"], ["3 + 7 = 11", "10 = 3 + 7", "3 + 7 = 10 = 10", "3 + 7 == 10", "3 + 7 =", "= 10"]),
     ((3, 7), 10, [], ["= 3 + 7", "3 + 7 = 5 + 5", "3 + 7 = 10.0", "3 + 7 = 010", "3 + 7 = 1 0", "3 = 3 + 7"]),
     ((3, 7), 11, [], ["3 + 7 = 11"]),
-    # bounded length and depth
-    ((3, 7), 10, [DEEPEST, f"3 +{' ' * (task.MAX_EXPRESSION_LENGTH - 4)}7", " " * 10_000 + "3 + 7" + " " * 10_000],
-     [f"({DEEPEST})", f"3 +{' ' * (task.MAX_EXPRESSION_LENGTH - 3)}7"]),
+    # bounded length and depth: Python's parser must neither raise nor overflow the stack
+    ((3, 7), -10, [LONGEST], [f"--{LONGEST}", "-" * 500, LONGEST[:-1]]),
+    ((3, 7), 10, ["(" * DEEPEST + "3 + 7" + ")" * DEEPEST, " " * 10_000 + "3 +" + " " * 10_000 + "7"],
+     ["(" * n + "3 + 7" + ")" * n for n in (DEEPEST + 1, 245, 300)]),
+    ((3, 7), 10, [], ["(" * 490 + "3 + 7", "3 + 7" + ")" * 490, "(-" * 240 + "3 + 7", "3(" * 9 + "7" + "()" * 230]),
 ]  # fmt: skip
 
 
@@ -123,25 +125,11 @@ def test_expression(numbers, target, right, wrong):
         assert (reward.format, reward.correct) == (0.1, float(answer in right)), answer
 
 
-def test_ten_thousand_random_expressions_have_the_value_of_their_tree():
-    """The oracle evaluates the tree that it built; the grader sees only the text."""
-    rng, seen = random.Random(0), Counter()
-    for _ in range(10_000):
-        numbers = [rng.randint(1, rng.choice([3, 30])) for _ in range(rng.randint(1, 6))]
-        text, value = random_expression(rng, numbers)
-        assert task.evaluate_expression(text, rng.sample(numbers, len(numbers))) == value, text
-        target = round(value) if value is not None else 1
-        for goal in (target, target + 1):
-            reward = grade(f"</think>\n<answer>{text}</answer>", False, Problem(tuple(numbers), goal))
-            assert reward.correct == (value == goal), text
-        seen["no value" if value is None else "whole" if value.denominator == 1 else "fraction"] += 1
-    assert seen["whole"] > 2000 < seen["fraction"]
-    assert seen["no value"] > 50
-
-
 def test_hostile_responses_agree_with_the_oracle_in_bounded_time():
+    """And so do expressions, which Python's parser reads for the grader and one written by hand for the oracle."""
     seen = fuzz(10_000, seed=1)  # the long form: see fuzz_grader.py
-    assert all(seen[kind] > least for kind, least in {"solved": 500, "well_formed": 1000, "long": 20}.items())
+    least = {"solved": 500, "deep": 50, "well_formed": 1000, "long": 10}
+    assert all(seen[kind] > count for kind, count in least.items())
 
 
 MONSTERS = [  # a million characters: the first text again and again, then the second
@@ -160,33 +148,29 @@ def test_monsters_neither_raise_nor_take_long(piece, end, place):
     assert grade(*case).correct == float(place != PLACES[0] and not end.endswith(("answer>", "think>")))
 
 
+@cache
 def values_by_pairs(values: tuple[Fraction, ...]) -> set[Fraction]:
     """Another brute force: replace any two values by the result of an operation until one is left."""
     found = set(values) if len(values) == 1 else set()
     for i, j in itertools.permutations(range(len(values)), 2):
         a, b = values[i], values[j]
-        rest = tuple(v for k, v in enumerate(values) if k not in (i, j))
+        rest = [v for k, v in enumerate(values) if k not in (i, j)]
         for result in [a + b, a - b, a * b] + ([a / b] if b else []):
-            found |= values_by_pairs((result, *rest))
+            found |= values_by_pairs(tuple(sorted([*rest, result])))
     return found
 
 
-@pytest.mark.parametrize("numbers", [(5,), (1, 2), (7, 7), (3, 7, 12), (5, 5, 5), (3, 3, 8, 8), (1, 4, 9, 6)])
-def test_reachable_values(numbers):
-    assert reachable_values(numbers) == values_by_pairs(tuple(map(Fraction, numbers)))
-
-
-def test_generated_problems():
-    problems = generate_problems(3, 1, 15, 10, 100)
-    assert len(problems) == 5947
-    assert problems == sorted(set(problems), key=lambda p: (p.numbers, p.target))
-    assert all(p.numbers == tuple(sorted(p.numbers)) and type(p.target) is int for p in problems)
-    assert {n for p in problems for n in (*p.numbers, p.target)} == set(range(1, 101))
-    of_2_2, of_2_3, of_3_3 = [0, 1, 4], [-1, 1, 5, 6], [0, 1, 6, 9]
-    assert [p.target for p in generate_problems(2, 2, 3, -9, 9)] == of_2_2 + of_2_3 + of_3_3
-    hands = itertools.combinations_with_replacement(range(1, 5), 4)
-    solvable = [four for four in hands if 24 in values_by_pairs(tuple(map(Fraction, four)))]
-    assert [p.numbers for p in generate_problems(4, 1, 4, 24, 24)] == solvable
+@pytest.mark.parametrize(("count", "low", "high", "least"), [(1, 1, 9, 3), (2, 2, 9, -9), (3, 1, 6, 10), (4, 3, 8, 24)])
+def test_generated_problems_are_those_that_have_a_solution(count, low, high, least):
+    expected = []
+    for numbers in itertools.combinations_with_replacement(range(low, high + 1), count):
+        values = values_by_pairs(tuple(map(Fraction, numbers)))
+        assert reachable_values(numbers) == values
+        whole = sorted(int(value) for value in values if value.denominator == 1 and least <= value <= 30)
+        expected += [Problem(numbers, target) for target in whole]
+    problems = generate_problems(count, low, high, least, 30)
+    assert problems == expected
+    assert all(type(problem.target) is int for problem in problems)
 
 
 # ---- Problems from parquet -----------------------------------------------------------------------------------------
@@ -247,7 +231,7 @@ def test_a_bad_row_is_dropped_counted_and_shown(tmp_path, capsys, nums, target):
 BAD_COLUMNS = [
     *(([nums], [10]) for nums in ("[3, 7]", 3, ["3", "7"], [[3], [7]], [True, True], [3.5, 7.0], {"a": 3, "b": 7})),
     *(([[bad, 7.0]], [10]) for bad in (float("nan"), float("inf"))),
-    *(([[3, 7]], [target]) for target in ("10", "\x1b[31m\n", [10], float("nan"), 10.5, 1e300, True)),
+    *(([[3, 7]], [target]) for target in ("10", "\x1b[31m\n", [10], -4, float("nan"), float("inf"), 10.5, True)),
     ([[3, 7]] * 5, [0] * 5),
     (pyarrow.array([], pyarrow.list_(pyarrow.int64())), pyarrow.array([], pyarrow.int64())),
 ]
@@ -292,12 +276,12 @@ def test_filters(tmp_path):
     assert ".parquet" in refusal(tmp_path)  # a folder without a file
     file = write(tmp_path / "a.parquet", [[1, 2], [1, 2, 3], [1, 2, 3, 4], [5, 6, 7]], [3, 6, 10, 18])
     for filters, targets in [
-        ({}, [3, 6, 10, 18]), ({"number_counts": (3,)}, [6, 18]), ({"number_counts": (2, 4)}, [3, 10]),
+        ({}, [3, 6, 10, 18]), ({"fewest_numbers": 3}, [6, 10, 18]), ({"most_numbers": 3}, [3, 6, 18]),
         ({"target_low": 6}, [6, 10, 18]), ({"target_high": 6}, [3, 6]),
-        ({"number_counts": (3, 4), "target_low": 7, "target_high": 10}, [10]),
+        ({"fewest_numbers": 3, "most_numbers": 3, "target_low": 7, "target_high": 18}, [18]),
     ]:  # fmt: skip
         assert [p.target for p in load(file, **filters)] == targets
-    assert "data.number_counts" in refusal(file, number_counts=(5,), target_high=9)
+    assert "data.fewest_numbers" in refusal(file, fewest_numbers=4, most_numbers=3)
 
 
 def test_data_sets_of_the_hub(tmp_path, monkeypatch):
@@ -308,7 +292,7 @@ def test_data_sets_of_the_hub(tmp_path, monkeypatch):
         monkeypatch.setattr(hub, "snapshot_download", download)
         assert [p.target for p in load("lab/countdown")] == [10, 9]
         assert "data.revision" in refusal("lab/countdown", revision="v9")
-        for name, advice in {"no/such": "data.path", "gated/set": "HF_TOKEN", "broken/hub": "", "a--b/c": ""}.items():
+        for name, advice in {"no/such": "data.path", "gated/set": "HF_TOKEN", "a--b/c": ""}.items():
             assert advice in refusal(name)
     assert not list(tmp_path.rglob("README.md"))  # only what is needed
     assert len(load("lab/countdown")) == 2  # the server is gone

@@ -12,14 +12,14 @@ from functools import partial
 import pytest
 import torch
 import torch.nn.functional as F
-from plain_policy import DEVICES, UNCUT, as_episodes
+from plain_policy import DEVICES, UNCUT, as_episodes, assert_same_gradient
 from torch import Tensor, nn
 from transformers import Qwen2Config as ReferenceConfig, Qwen2ForCausalLM
 
 import qwen2_model
 from data_types import Episode, Sampling
 from grpo import response_logprobs
-from qwen2_model import Qwen2, Qwen2Config, WideMatmul, rotate, wide_matmul
+from qwen2_model import MLP, Qwen2, Qwen2Config, WideMatmul, rotate, wide_matmul
 from rollout import Sampler
 
 VOCABULARY, ROWS = 200, 211  # ids that the tokenizer knows; rows of the embedding
@@ -51,7 +51,7 @@ def twins(config: Qwen2Config, seed: int = 0, dtype: torch.dtype = torch.float32
     model = Qwen2(config).to(dtype)
     model.vocabulary = VOCABULARY
     views, theirs = model.hf_tensors(), dict(reference.named_parameters())
-    assert {n: v.shape for n, v in views.items()} == {n: p.shape for n, p in theirs.items()}  # nothing fused shows
+    assert {n: v.shape for n, v in views.items()} == {n: p.shape for n, p in theirs.items()}
     for name, parameter in theirs.items():
         views[name].copy_(parameter.data)
     return model, reference
@@ -82,7 +82,7 @@ def test_logits_and_choices_are_those_of_the_reference(config: Qwen2Config):
 def test_rms_norm_is_the_formula_rounded_once(dtype: torch.dtype):
     """The reference rounds to bf16 twice: before it multiplies by the weight, and after."""
     model, reference = twins(small_config(rms_norm_eps=0.01), dtype=dtype)
-    ours, theirs = model.layers[1].mlp_norm, reference.model.layers[1].post_attention_layernorm
+    ours, theirs = model.layers[1].post_attention_layernorm, reference.model.layers[1].post_attention_layernorm
     x = torch.randn(5, 24, 112, generator=torch.Generator().manual_seed(0)).to(dtype)
     formula = x.float() * torch.rsqrt(x.float().square().mean(dim=-1, keepdim=True) + 0.01) * ours.weight.float()
     assert torch.equal(ours(x), formula.to(dtype))
@@ -116,10 +116,6 @@ def gradients(model: nn.Module, logprobs: Tensor) -> dict[str, Tensor]:
     return model.hf_tensors() if isinstance(model, Qwen2) else {n: p.data for n, p in model.named_parameters()}
 
 
-def largest_gap(found: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
-    return max(((found[name] - tensor).norm() / tensor.norm()).item() for name, tensor in expected.items())
-
-
 @every_config
 def test_logprobs_and_gradients_of_sampled_responses_are_those_of_the_reference(config: Qwen2Config):
     """What the sampler recorded, the trainer and the reference find again, whatever the other rows did."""
@@ -129,7 +125,7 @@ def test_logprobs_and_gradients_of_sampled_responses_are_those_of_the_reference(
         expected, (trained, _) = reference_logprobs(reference, episodes), response_logprobs(model, episodes, UNCUT)
         close(torch.tensor([logprob for episode in episodes for logprob in episode.old_logprobs]), expected)
         close(trained, expected)
-        assert largest_gap(gradients(model, trained), gradients(reference, expected)) < 1e-3
+        assert_same_gradient(gradients(model, trained), gradients(reference, expected), tolerance=1e-3)
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -155,7 +151,7 @@ def test_padding_rows_of_the_head_and_recomputed_activations_change_nothing(tied
     plain, *same, sliced = results
     assert all(torch.equal(other[name], tensor) for name, tensor in plain.items() for other in same)
     assert torch.equal(sliced["logprobs"], plain["logprobs"])
-    assert largest_gap(sliced, plain) < 1e-5
+    assert_same_gradient(sliced, plain, tolerance=1e-5)
     assert not plain["model.embed_tokens.weight" if tied else "lm_head.weight"][VOCABULARY:].any()
 
 
@@ -216,7 +212,7 @@ MISTAKES = {  # where, and by what
     "no mask": lambda m: (*SDPA, lambda *qkv, **_: attention(*qkv, enable_gqa=True)),
     "tied head": lambda m: (m, "config", replace(m.config, tie_word_embeddings=True)),
     "gelu": lambda m: (F, "silu", F.gelu),
-    "gate and up": lambda m: (m.layers[1].gate_up.weight, "data", m.layers[1].gate_up.weight.data.roll(96, 0)),
+    "gate and up": lambda m: (MLP, "forward", lambda mlp, x: mlp.down_proj(F.silu(mlp.up_proj(x)) * mlp.gate_proj(x))),
 }
 NEUTRAL = {f"self_attn.{name}_proj.bias": 0.0 for name in "qkv"}
 NEUTRAL |= {f"{name}_layernorm.weight": 1.0 for name in ("input", "post_attention")}

@@ -27,7 +27,7 @@ from grpo import response_logprobs
 from qwen2_model import Qwen2
 from rollout import Decoder, Response, Sampler, draw, warp
 
-END_IDS = frozenset({19, 48, 92, 96, 116, 152})  # likely ones in the_case(), so that responses do end
+END_IDS = frozenset({16, 44, 77, 89, 140, 196})  # likely ones in the_case(), so that responses do end
 UNCUT = Sampling()  # temperature 1, neither top-k nor top-p
 JUST_BELOW_ONE = float(np.nextafter(np.float32(1), np.float32(0)))
 SAMPLINGS = [UNCUT, Sampling(0.7, 5, 0.9), Sampling(1.6), Sampling(top_k=3), Sampling(0.8, 0, 0.6), Sampling(0.0)]
@@ -50,7 +50,7 @@ class Case:
     endless: list[Response]
     forwards: list[tuple[int, int]] = field(default_factory=list)  # shapes of the last sampling's forward passes
 
-    def sample(self, device: str, sampling=UNCUT, end_ids=END_IDS, **attributes: int) -> list[Response]:
+    def sample(self, device: str, sampling=UNCUT, end_ids=END_IDS, max_rows=10**9, **attributes) -> list[Response]:
         """Sample with these attributes of the Sampler, compare with the plain sampler; no global generator may move."""
         policy = copy.deepcopy(self.policy).to(device)
         sampler = Sampler(policy, sorted(end_ids))
@@ -58,7 +58,7 @@ class Case:
         self.forwards.clear()
         policy.register_forward_pre_hook(lambda _, inputs: self.forwards.append(tuple(inputs[0].shape)))
         states = [torch.get_rng_state(), *torch.cuda.get_rng_state_all()]
-        responses = sampler.generate(self.prompts, self.uniforms, sampling)
+        responses = sampler.generate(self.prompts, self.uniforms, sampling, max_rows)
         assert all(map(torch.equal, states, [torch.get_rng_state(), *torch.cuda.get_rng_state_all()]))
         expected = [cut(response, end_ids) for response in self.endless]
         assert [(r.ids, r.truncated) for r in responses] == [(e.ids, e.truncated) for e in expected]
@@ -81,7 +81,7 @@ def make_case(policy: Qwen2, lengths: list[int], group: int, max_new: int, sampl
 @cache
 def the_case() -> Case:
     """Six prompts of very different lengths, eight responses each of up to 20 tokens."""
-    return make_case(small_policy(seed=5), [5, 9, 2, 17, 5, 12], 8, 20, UNCUT, seed=2)
+    return make_case(small_policy(seed=14), [5, 9, 2, 17, 5, 12], 8, 20, UNCUT, seed=2)
 
 
 def test_the_case_is_worth_testing_with():
@@ -103,18 +103,16 @@ def test_tokens_and_logprobs_are_those_of_a_plain_sampler(device: str, sampling:
     make_case(small_policy(seed=3, **shape), [3, 8, 4], 3, 9, sampling, seed=4).sample(device, sampling)
 
 
-@pytest.mark.parametrize("max_rows", [1, 3, 4, 8, 20, 47, 48])
+@pytest.mark.parametrize("max_rows", [1, 8, 20, 47, 48])
 @pytest.mark.parametrize("tokens", [1, 50, 4096])
 def test_waves_and_chunked_prefill_change_no_response(device: str, max_rows: int, tokens: int, monkeypatch: Patch):
-    """A prompt is prefilled once for its whole group, or once per wave where waves split the group."""
+    """A wave is whole groups, and one at least, so that each prompt is prefilled once."""
     monkeypatch.setattr(rollout, "PREFILL_TOKENS", tokens)
     responses, forwards = the_case().sample(device, max_rows=max_rows), the_case().forwards
-    wave = max_rows if max_rows < 8 else max_rows // 8 * 8  # whole groups where a group fits
-    prompts = [len({row // 8 for row in range(first, min(first + wave, 48))}) for first in range(0, 48, wave)]
-    prefills = [shape for shape in forwards if shape[1] > 1]
-    assert sum(rows for rows, _ in prefills) == sum(prompts)
+    wave, prefills = max(1, max_rows // 8) * 8, [shape for shape in forwards if shape[1] > 1]
+    assert sum(rows for rows, _ in prefills) == 6
     assert all(rows == 1 or rows * length <= tokens for rows, length in prefills)
-    assert tokens < 4096 or len(prefills) == len(prompts)
+    assert tokens < 4096 or len(prefills) == math.ceil(48 / wave)
     if device == "cpu":  # on CUDA most decode steps are replayed
         decoded, useful = [rows for rows, length in forwards if length == 1], sum(len(r.ids) - 1 for r in responses)
         assert max(decoded) <= wave
@@ -239,13 +237,6 @@ def test_evenly_spaced_numbers_draw_their_share(device: str, sampling: Sampling,
     assert tokens[-2:].tolist() == [possible[0], possible[-1]]
     assert np.bincount(tokens[:-2].cpu(), minlength=5) == pytest.approx(np.multiply(expected, 10_000), abs=1.01)
     assert logprobs.exp().cpu() == pytest.approx(np.array(expected)[tokens.cpu()], abs=1e-6)
-
-
-def test_a_token_already_drawn_is_never_cut():
-    """In the trainer rounding may put it just past the edge; its logprob must not become -inf."""
-    for sampling in (Sampling(top_k=2), Sampling(top_p=0.6)):
-        kept = warp(torch.tensor([LIKELY, LIKELY]).log(), sampling, keep=torch.tensor([3, 1])).softmax(dim=-1)
-        assert kept.flatten().tolist() == pytest.approx([0, 4 / 9, 0, 2 / 9, 3 / 9, 0, 4 / 7, 0, 0, 3 / 7], abs=1e-6)
 
 
 def test_logits_that_are_not_numbers_draw_some_token_and_show_in_its_logprob(device: str):

@@ -13,17 +13,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from tokenizers import (
-    AddedToken,
-    Regex,
-    Tokenizer as BytePairTokenizer,
-    decoders,
-    models,
-    normalizers,
-    pre_tokenizers,
-    processors,
-    trainers,
-)
+import tokenizers
+from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from data_types import UserError
@@ -39,7 +30,7 @@ on_both = pytest.mark.parametrize("real", [False, pytest.param(True, marks=needs
 
 def small_bpe() -> str:
     """A tokenizer.json: NFC, single digits, 256 bytes, 60 merges, special and other added tokens."""
-    bpe = BytePairTokenizer(models.BPE())
+    bpe = tokenizers.Tokenizer(models.BPE())
     bpe.normalizer, bpe.decoder = normalizers.NFC(), decoders.ByteLevel()
     words = pre_tokenizers.Split(Regex(r" ?\p{L}+|\p{N}|\s+| ?[^\s\p{L}\p{N}]+"), behavior="isolated")
     to_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
@@ -121,7 +112,7 @@ def test_random_texts_have_the_ids_of_transformers_and_come_back(real, tmp_path)
 def test_odd_tokenizer_files(tmp_path):
     """Truncation, padding and an opening token that other tools left are switched off: a prompt would be changed and
     nobody would know. len is one past the last id: a count would let an id pass that the embedding lacks."""
-    bpe, plain = BytePairTokenizer.from_str(json.dumps(BPE)), Tokenizer(write(tmp_path))
+    bpe, plain = tokenizers.Tokenizer.from_str(json.dumps(BPE)), Tokenizer(write(tmp_path))
     bpe.enable_truncation(max_length=8)
     bpe.enable_padding(pad_id=316, pad_token=SPECIAL[0], length=64)
     bpe.post_processor = processors.TemplateProcessing(f"{SPECIAL[0]} $A", special_tokens=[(SPECIAL[0], 316)])
@@ -139,8 +130,7 @@ TEMPLATES = [
     "{% for m in messages[:2] %}{{ loop.first }}{{ m['role'] }}\n{{ m.content.strip() | trim }}\n{% endfor %}",
     "{% for m in messages %}\n  {% if m.role == 'user' %}\n  Q: {{ m.content }}\n  {% endif %}\n{% endfor %}\nA",
     "{{ bos_token }}A{{ eos_token }}\n{% if tools is not none %}tools!{% endif %}{{ tools is defined }}",
-    "{% for m in messages %}{{ m.content }}{% if loop.index > 1 %}{% break %}{% endif %}{% endfor %}",
-    "{{ messages | tojson }}{{ messages[0] | tojson(indent=2) }}{{ add_generation_prompt }}",
+    "{{ messages | length }}{{ add_generation_prompt }}{{ {'a': [1]} | tojson }}{{ [true, 'é'.upper()] | join }}",
     "{% set ns = namespace(n=0) %}{% for m in messages %}{% set ns.n = ns.n + 2 %}{% endfor %}{{ ns.n }}",
     # to look at what is out of reach, without using it, shows nothing
     "{{ ''.__class__ }}{{ ''['__class__'] }}{{ '' | attr('__class__') }}{{ '{0.__class__}'.format('') }}"
@@ -204,15 +194,6 @@ def test_a_broken_file_is_named_in_one_line(row, tmp_path):
     assert re.match(f"{path}.*{file}", error_of(Tokenizer, path))
 
 
-def test_what_is_not_there(tmp_path):
-    path = write(tmp_path, {GENERATION: {}}, eos_token=318)
-    assert re.match(f"{path}: .*eos_token", error_of(Tokenizer, path))
-    assert "a\\x00b/tokenizer.json: " in error_of(Tokenizer, "a\0b")
-    assert "nowhere/tokenizer.json: " in error_of(Tokenizer, path / "nowhere")
-    (path / "nowhere" / TOKENIZER).mkdir(parents=True)
-    assert "nowhere/tokenizer.json: " in error_of(Tokenizer, path / "nowhere")
-
-
 def test_damaged_tokenizer_files_load_or_are_refused(tmp_path):
     """500 edits of a good file: another value in the place of one, or bits flipped."""
     rng, path, text, lines = random.Random(0), write(tmp_path), json.dumps(BPE), []
@@ -246,7 +227,7 @@ HOSTILE = {  # why it is refused: templates, with two spaces between them
     "  {{ messages | map('nothing') | list }}  {{ 'text of many words' | truncate(1) }}  {{ x | nothing }}  {% if x %}"
     "  {{ messages | tojson(indent=messages) }}  {% generation %}x{% endgeneration %}  {{ '\\ud800' }}  \ud800"
     "  {% include '/etc/passwd' %}  {% import 'os' as os %}  {{ 9 ** 99999 }}  {{ open('x').read() }}  {% for %}",
-    "unknown tag": "{% " + "x" * 9999 + " %}",
+    "unknown tag": "{% " + "x" * 9999 + " %}  {% for m in messages %}{% break %}{% endfor %}",
 }
 
 

@@ -8,10 +8,10 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
-import numpy
 import pytest
 import torch
 from live_bytes import cuda_kernels
+from plain_policy import active_episodes
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -21,7 +21,7 @@ import grpo
 import rollout
 import run
 from config import load_config
-from data_types import Episode, Problem, Sampling, UserError
+from data_types import Sampling, UserError
 from optimizer import AdamW
 from qwen2_model import Qwen2, Qwen2Config
 
@@ -52,17 +52,19 @@ def _meta_stands_in_for_cuda(monkeypatch):
     cuda_kernels(monkeypatch)
 
 
-def policy_on_meta(checkpoint_layers: bool = False, dtype: torch.dtype = torch.bfloat16) -> Qwen2:
-    with torch.device("meta"):
-        policy = Qwen2(SHAPE).to(dtype)
-    policy.vocabulary, policy.checkpoint_layers = 500, checkpoint_layers
+def policy_on(device: str, dtype: torch.dtype = torch.bfloat16) -> Qwen2:
+    with torch.device(device):
+        policy = Qwen2(SHAPE)
+    for weight in policy.parameters():  # policy.to(dtype) fails with fake tensors
+        weight.data = weight.data.to(dtype)
+    policy.vocabulary = 500
     return policy
 
 
-def prefilled(sampling: Sampling) -> rollout.Decoder:
-    policy = policy_on_meta()
-    cache = rollout.KVCache(policy, [len(prompt) for prompt in PROMPTS], [0, 0, 1, 1, 2, 2], 40)
-    decoder = rollout.Decoder(policy, cache, torch.empty(6, 40, device="meta"), [7, 8], sampling)
+def prefilled(sampling: Sampling, device: str = "meta") -> rollout.Decoder:
+    policy = policy_on(device)
+    cache = rollout.KVCache(policy, [len(prompt) for prompt in PROMPTS], 2, 40)
+    decoder = rollout.Decoder(policy, cache, torch.empty(6, 40, device=device), [7, 8], sampling)
     with OneDevice(uploads=True):
         decoder.prefill(PROMPTS)
     return decoder
@@ -71,46 +73,29 @@ def prefilled(sampling: Sampling) -> rollout.Decoder:
 @pytest.mark.parametrize("sampling", SAMPLINGS, ids=str)
 @torch.inference_mode()
 def test_a_decode_step_touches_nothing_but_the_device(sampling):
-    decoder = prefilled(sampling)
+    decoder, row = prefilled(sampling), torch.empty(1, dtype=torch.long, device="meta")
     with OneDevice():
         for rows, columns in ((6, 128), (6, 6), (4, 11), (1, 12)):
             decoder.step(rows, columns)
-        decoder.cache.move(
-            torch.empty(1, dtype=torch.long, device="meta"), torch.empty(1, dtype=torch.long, device="meta"), 9
-        )
-
-
-def episodes(rows: int = 4) -> list[Episode]:
-    return [
-        Episode(
-            Problem((1, 1), 2),
-            [1] * (3 + row),
-            [2] * (30 + row),
-            [-1.0] * (30 + row),
-            False,
-            "",
-            advantage=1.0,
-            token_weight=0.1,
-        )
-        for row in range(rows)
-    ]
+        decoder.cache.move(row, row, 9)
 
 
 @pytest.mark.parametrize("checkpoint_layers", [False, True])
 @pytest.mark.parametrize("objective", ["reinforce", "clipped", "truncated_is"])
 def test_a_gradient_synchronizes_once_per_micro_batch(objective, checkpoint_layers, monkeypatch):
-    reads = []
+    reads, policy = [], policy_on("meta")
     monkeypatch.setattr(Tensor, "cpu", lambda tensor: reads.append(1) or torch.zeros(tensor.shape))
-    settings, batch = replace(CONFIG.train, objective=objective), episodes()
+    settings, policy.checkpoint_layers = replace(CONFIG.train, objective=objective), checkpoint_layers
+    batch = active_episodes((3, 30), (4, 31), (5, 32), (6, 33))
     with OneDevice(uploads=True):
-        grpo.accumulate_gradient(policy_on_meta(checkpoint_layers), batch, Sampling(0.7, top_p=0.9), settings, 128)
+        grpo.accumulate_gradient(policy, batch, Sampling(0.7, top_p=0.9), settings, 128)
     assert len(reads) == len(grpo.micro_batches([episode.length for episode in batch], 128)) > 1
 
 
 @pytest.mark.parametrize(("mode", "dtype"), [("master", torch.float32), ("split", torch.bfloat16)])
 def test_the_optimizer_stays_on_the_device(mode, dtype, monkeypatch):
     monkeypatch.setattr("optimizer.SLICE", 1000)
-    policy = policy_on_meta(dtype=dtype)
+    policy = policy_on("meta", dtype)
     optimizer = AdamW(policy.parameters(), replace(CONFIG.train, optimizer=mode))
     for parameter in policy.parameters():
         parameter.grad = torch.empty_like(parameter, dtype=torch.float32)
@@ -118,27 +103,16 @@ def test_the_optimizer_stays_on_the_device(mode, dtype, monkeypatch):
         optimizer.step()
 
 
-def item(decoder: rollout.Decoder, logits: Tensor) -> None:
-    decoder.lengths[0].item()
+FAULTS = {
+    "item": lambda decoder, logits: decoder.lengths[0].item(),
+    "boolean index": lambda decoder, logits: decoder.lengths[decoder.alive],
+    "CPU operand": lambda decoder, logits: decoder.lengths + torch.ones(6, dtype=torch.long),
+    "CPU index": lambda decoder, logits: decoder.lengths[torch.tensor([0, 1])],
+    "upload": lambda decoder, logits: torch.ones(6).to(logits.device),
+}
 
 
-def boolean_index(decoder: rollout.Decoder, logits: Tensor) -> None:
-    decoder.lengths[decoder.alive]
-
-
-def cpu_operand(decoder: rollout.Decoder, logits: Tensor) -> None:
-    decoder.lengths + torch.ones(6, dtype=torch.long)
-
-
-def cpu_index(decoder: rollout.Decoder, logits: Tensor) -> None:
-    decoder.lengths[torch.tensor([0, 1])]
-
-
-def upload(decoder: rollout.Decoder, logits: Tensor) -> None:
-    torch.ones(6).to(logits.device)
-
-
-@pytest.mark.parametrize("fault", [item, boolean_index, cpu_operand, cpu_index, upload])
+@pytest.mark.parametrize("fault", FAULTS.values(), ids=FAULTS)
 @torch.inference_mode()
 def test_a_planted_fault_in_the_decode_step_is_caught(fault, monkeypatch):
     decoder, record = prefilled(Sampling()), rollout.Decoder.record
@@ -151,28 +125,13 @@ def test_a_planted_fault_in_the_decode_step_is_caught(fault, monkeypatch):
 def test_sampling_runs_on_fake_cuda_tensors(monkeypatch):
     """Beyond meta: CUDA's own dispatch, in a torch that was built for it."""
     monkeypatch.undo()  # the kernels as they are
-
-    def shape_only(data: Any, device: Any = None, dtype: torch.dtype | None = None) -> Tensor:
-        values = numpy.asarray(data)
-        return torch.empty(
-            values.shape, dtype=dtype or (torch.long if values.dtype.kind == "i" else None), device=device
-        )
-
-    monkeypatch.setattr(torch, "tensor", shape_only)  # the real one would look for a driver
-    with FakeTensorMode(), torch.inference_mode():
-        torch.set_default_dtype(torch.bfloat16)
-        try:
-            with torch.device("cuda"):
-                policy = Qwen2(SHAPE)
-        finally:
-            torch.set_default_dtype(torch.float32)
-        cache = rollout.KVCache(policy, [len(prompt) for prompt in PROMPTS], [0, 0, 1, 1, 2, 2], 40)
-        decoder = rollout.Decoder(policy, cache, torch.rand(6, 40, device="cuda"), [7, 8], Sampling())
-        decoder.prefill(PROMPTS)
+    with FakeTensorMode(), torch.no_grad():
+        decoder = prefilled(Sampling(), "cuda")
         decoder.step(6, 128)
         decoder.step(3, 128)
         assert decoder.tokens.is_cuda
-        assert policy.logits(torch.empty(3, 64, device="cuda", dtype=torch.bfloat16)).dtype == torch.float32
+        hidden = torch.empty(3, 64, device="cuda", dtype=torch.bfloat16)
+        assert decoder.policy.logits(hidden).dtype == torch.float32
 
 
 @pytest.mark.parametrize(("name", "index"), [("cuda", 0), ("auto", 0), ("cuda:1", 1)])
@@ -181,12 +140,9 @@ def test_the_device_has_an_index_because_set_device_refuses_one_without(name, in
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    monkeypatch.setattr(torch.backends.cuda, "enable_cudnn_sdp", chosen.append)
     monkeypatch.delenv("PYTORCH_CUDA_ALLOC_CONF", raising=False)
-    before = torch.backends.cuda.cudnn_sdp_enabled()
-    try:
-        assert run.find_device(name) == torch.device("cuda", index) == chosen[0]
-        assert not torch.backends.cuda.cudnn_sdp_enabled()
-    finally:
-        torch.backends.cuda.enable_cudnn_sdp(before)
+    assert run.find_device(name) == torch.device("cuda", index)
+    assert chosen == [torch.device("cuda", index), False]
     with pytest.raises(UserError, match="cuda:2"):
         run.find_device("cuda:2")
