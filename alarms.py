@@ -9,7 +9,8 @@ import math
 from typing import Any
 
 from data_types import Config, Progress
-from logbook import best_weights, warn
+from logbook import best_weights
+from terminal import warn
 
 PATIENCE = 10  # steps without one right answer before it is worth a warning
 GAP_BOUNDS = {"float32": 1e-5, "bfloat16": 5e-2}  # mean |log ratio| between trainer and sampler
@@ -40,8 +41,8 @@ class Alarms:
 
     def check(self, metrics: dict[str, Any], progress: Progress) -> None:
         """Warn of each trouble in these metrics that was not warned of before."""
-        entropy, gap, success = metrics["entropy"], metrics["logprob_gap"] or 0.0, metrics["success"]
-        if self.first_entropy is None and entropy is not None and math.isfinite(entropy):
+        entropy, gap, success = metrics["entropy"], metrics["logprob_gap"], metrics["success"]
+        if self.first_entropy is None and math.isfinite(entropy):
             self.first_entropy = entropy
         self.best_success = max(self.best_success, success)
         self.steps_without_success = 0 if success > 0 else self.steps_without_success + 1
@@ -52,7 +53,7 @@ class Alarms:
             "worse": fallen > max(0.1, 4 * metrics.get("eval_greedy_se", 0.0)),
             "zero variance": metrics["zero_variance"] > metrics["groups"] / 2 and not collapsed,
             "no success": self.steps_without_success >= PATIENCE and not collapsed,
-            "entropy": entropy is not None and entropy < 0.1 * (self.first_entropy or 0.0),
+            "entropy": entropy < 0.1 * (self.first_entropy or 0.0),
             "truncated": metrics["truncated"] > 0.5,
             "gap": not gap <= self.bound,
         }

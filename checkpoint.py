@@ -15,22 +15,26 @@ up to kernels whose sums are not deterministic.)
 Left out: saving in the background, and less than everything (a 3B checkpoint is 25 GB: mind checkpoint.every and keep).
 """
 
+import fcntl
 import os
 import shutil
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 
 from config import load_config
 from data_types import Config, Progress, UserError
-from files import PARTIAL, atomic_folder, checksum, listed, read_json, remove_folder, write_json
-from logbook import say
+from files import PARTIAL, atomic_folder, checksum, listed, read_json, remove_folder, write_json, writing
+from logbook import LOGS
 from memory import GIB
 from model_folder import read_header, read_tensor, save_model, save_tensors
-from optimizer import AdamW
+from optimizer import AdamW, learning_rate
 from qwen2_model import Qwen2
+from terminal import say, warn
 
-CHECKSUMS, VERSION = "checksums.json", 3
+LOCK, CHECKSUMS, VERSION = "lock", "checksums.json", 3
 FIXED = ("model.path", "model.revision", "model.dtype", "data.", "train.seed", "train.optimizer")  # within a run
 
 
@@ -44,9 +48,13 @@ def save_checkpoint(
     folder = run_folder / "checkpoints" / f"step-{progress.step:06d}"
     if folder.exists():
         return  # and so complete: a run stopped right after it was saved
-    needed = sum(tensor.nbytes for tensor in (*policy.hf_tensors().values(), *optimizer.tensors().values()))
-    free = shutil.disk_usage(run_folder).free
-    if free < 1.01 * needed:
+    needed = 1.01 * sum(tensor.nbytes for tensor in (*policy.hf_tensors().values(), *optimizer.tensors().values()))
+    with writing(run_folder):
+        for old in saved(run_folder)[:-1]:  # where the disk has no room for `keep` of them, the newest is enough
+            if shutil.disk_usage(run_folder).free < needed:
+                remove_folder(old)
+        free = shutil.disk_usage(run_folder).free
+    if free < needed:
         raise UserError(f"{folder}: needs {needed / GIB:.2f} GiB, and the disk has {free / GIB:.2f} left: free some")
     with atomic_folder(folder) as partial:
         save_model(policy, small_files, partial)
@@ -78,7 +86,9 @@ def read_progress(folder: Path) -> Progress:
     there = {path.name: checksum(path) for path in folder.iterdir() if path.name != CHECKSUMS}
     changed = sorted(name for name in sums.keys() | there.keys() if sums.get(name) != there.get(name))
     if changed:
-        raise UserError(f"{folder}: not as it was saved: {listed(changed)}; remove it to resume from the one before it")
+        older = saved(folder.parent.parent)[-2:-1]
+        cure = f"remove it to resume from {older[0].name}" if older else "there is no other: put back what changed"
+        raise UserError(f"{folder}: not as it was saved: {listed(changed)}; {cure}")
     state = read_json(folder / "state.json")
     if state["version"] != VERSION:
         raise UserError(f"{folder}: written by another version of this program; resume with that one")
@@ -105,10 +115,29 @@ def new_run_folder(config: Config, name: str | None) -> Path:
     if Path(name).name != name or name == ".." or not name.isprintable():
         raise UserError(f"--name {name}: must be a plain name, for a folder in {config.output.folder}")
     folder = Path(config.output.folder) / name
-    started = {"config.yml", "config.yml" + PARTIAL}  # all that a run killed at its very start leaves
+    started = {LOCK, "config.yml", "config.yml" + PARTIAL}  # all that a run killed at its very start leaves
     if os.path.lexists(folder) and (not folder.is_dir() or set(os.listdir(folder)) - started):
         raise UserError(f"{folder} is already there: continue it with --resume {folder}, or choose another --name")
     return folder
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Keep other processes out of a run's folder; UserError if one is in it. A folder left empty is removed."""
+    with writing(folder):
+        lock = (folder / LOCK).open("a")
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"{folder}: another run is writing to it; wait for it, or choose another --name") from None
+        except OSError as error:  # some network disks know no locks
+            warn(f"{folder}: cannot be locked ({error.strerror}); start no other run in it")
+        try:
+            yield
+        finally:
+            if os.listdir(folder) == [LOCK]:  # set-up failed before anything was written
+                shutil.rmtree(folder)
 
 
 def find_run(name: str, overrides: list[str]) -> Path:
@@ -117,7 +146,7 @@ def find_run(name: str, overrides: list[str]) -> Path:
     Names are looked for in `runs`, or in the output.folder among the overrides.
     """
     folders = [override.partition("=")[2] for override in overrides if override.startswith("output.folder=")]
-    folder = Path((folders or ["runs"])[-1])
+    folder = Path((folders or ["runs"])[-1]).expanduser()
     if name == "latest":
         runs = sorted(folder.glob("*/metrics.jsonl"), key=lambda path: path.stat().st_mtime)
         if not runs:
@@ -134,7 +163,6 @@ def prepare_resume(run_folder: Path, config: Config) -> tuple[Path | None, Progr
 
     Raises UserError when the config or the checkpoint is not this run's.
     """
-    check_changes(load_config(run_folder / "config.yml"), config)
     newest = next(iter(saved(run_folder)[::-1]), None)
     if not newest and (run_folder / "final").exists():
         raise UserError(f"{run_folder}: finished without a checkpoint; start a run with model.path={run_folder}/final")
@@ -145,13 +173,20 @@ def prepare_resume(run_folder: Path, config: Config) -> tuple[Path | None, Progr
         path = run_folder / name
         if not path.is_file() or path.stat().st_size < size:
             raise UserError(f"{path}: shorter than the {size} bytes it had at the checkpoint; put it back to resume")
+    check_changes(load_config(run_folder / "config.yml"), config, progress.step)
     for left in (*run_folder.glob(f"*{PARTIAL}"), *run_folder.glob(f"checkpoints/*{PARTIAL}")):
         shutil.rmtree(left, ignore_errors=True)
     say(f"resuming from {newest}" if newest else f"{run_folder} has no checkpoint yet: starting it anew")
+    if not newest and (run_folder / LOGS[0]).stat().st_size:
+        aside = run_folder / time.strftime("before-%Y-%m-%d_%H-%M-%S")
+        with writing(aside):
+            for path in filter(Path.is_file, (run_folder / name for name in LOGS)):
+                shutil.copy(path, aside)
+        say(f"what it had logged is kept in {aside}")
     return newest, progress
 
 
-def check_changes(old: Config, new: Config) -> None:
+def check_changes(old: Config, new: Config, step: int) -> None:
     """Say which settings differ from those the run had; UserError for one that would make it another run."""
     was, now = ({f"{s}.{k}": v for s, keys in asdict(config).items() for k, v in keys.items()} for config in (old, new))
     changed = [name for name in now if now[name] != was[name]]
@@ -160,3 +195,6 @@ def check_changes(old: Config, new: Config) -> None:
             raise UserError(f"{name} is {now[name]} but was {was[name]}: set it back, or start another run with --name")
     for name in changed:
         say(f"resuming with {name} {now[name]}, which was {was[name]}")
+    rate, before = (learning_rate(step + 1, config.train) for config in (new, old))
+    if rate != before:
+        say(f"the learning rate of step {step + 1} is {rate:.3g}; it would have been {before:.3g}")

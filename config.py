@@ -6,6 +6,7 @@ out because they surprise: it takes `1e-6` for a string and the revision `012345
 
 import difflib
 import operator
+import os
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import Field, asdict, fields
@@ -84,6 +85,7 @@ def read_setting(where: str, name: str, text: Any) -> Any:
         raise UserError(f"{where}: unknown setting {name}; {suggestion(name, SETTINGS)}")
     spec = SETTINGS[name]
     kind: Any = spec.type
+    value: Any
     choices, bounds = spec.metadata["choices"], spec.metadata["bounds"].items()
     try:
         value = {"true": True, "false": False}[text] if kind is bool else kind(text)
@@ -94,7 +96,7 @@ def read_setting(where: str, name: str, text: Any) -> Any:
         good = False
     if not good:
         raise UserError(f"{where}: {name} is {text or 'empty'}; it must be {allowed(spec)}")
-    return value
+    return os.path.expanduser(value) if kind is str and value.startswith("~/") else value
 
 
 def allowed(spec: Field) -> str:

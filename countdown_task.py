@@ -33,6 +33,7 @@ import pandas
 
 from data_types import DataSettings, Problem, Reward, UserError
 from hub import HUB_ID, download, one_line
+from terminal import say
 
 # ---- The question ----------------------------------------------------------------------------------------------------
 
@@ -74,8 +75,11 @@ MAX_EXPRESSION_LENGTH = 500  # characters; six numbers need some 50
 def grade(response: str, truncated: bool, problem: Problem) -> Reward:
     """Grade what was sampled after `ASSISTANT_PREFIX` (the whole answer is "<think>" + response).
 
-    `truncated` says whether the length limit cut it; the end token is not part of `response`. Never raises, whatever
-    the text, and takes time linear in its length.
+    `truncated` says whether the length limit cut it: then it earns no format reward, but a right answer still counts.
+    The end token is not part of `response`. Never raises, whatever the text, and takes time linear in its length.
+
+    >>> grade("3 + 4 = 7, no. 12 + 21 = 33</think> <answer>12 + 7 * 3</answer>", False, Problem((3, 7, 12), 33))
+    Reward(format=0.1, correct=1.0)
     """
     text = "<think>" + response
     # Each tag once and in this order, or the response earns nothing: a second answer, a tag inside another's block or
@@ -83,7 +87,7 @@ def grade(response: str, truncated: bool, problem: Problem) -> Reward:
     if TAG.findall(text) != TAGS_IN_ORDER:
         return Reward(format=0.0, correct=0.0)
     _, _thoughts, between, answer, after = TAG.split(text)
-    well_formed = not truncated and WHITE_SPACE.fullmatch(between) is not None and after == ""
+    well_formed = not truncated and not WHITE_SPACE.sub("", between) and not after
     return Reward(format=0.1 if well_formed else 0.0, correct=1.0 if _is_solution(answer, problem) else 0.0)
 
 
@@ -127,6 +131,16 @@ def _value(node: ast.expr) -> Fraction:
 MAX_NUMBER = 1_000_000  # of a problem's numbers and its target; more is a mistake in the data, not a puzzle
 
 
+def find_problems(data: DataSettings) -> Path:
+    """The file or folder `data.path`, or for a hub id ("owner/name") the hub's copy, fetched if need be."""
+    path = Path(data.path)
+    if os.path.isfile(path) or os.path.isdir(path):
+        return path
+    if not HUB_ID.fullmatch(data.path) or path.suffix == ".parquet":
+        raise UserError(f"{data.path}: no such file or folder, nor a hub data set (owner/name): set data.path")
+    return download("data", data.path, data.revision, ["*.parquet"])
+
+
 def load_problems(data: DataSettings) -> list[Problem]:
     """The problems of a parquet file, of all parquet files in a folder, or of a hub data set ("owner/name").
 
@@ -134,27 +148,17 @@ def load_problems(data: DataSettings) -> list[Problem]:
     break this are dropped, counted and the first is shown. What passes the filters in `data` is kept. Raises UserError
     when a file cannot be read or no row is left.
     """
-    problems = [problem for file in _parquet_files(data) for problem in _read_parquet(file)]
+    path = find_problems(data)
+    files = [path] if path.is_file() else sorted(file for file in path.rglob("*.parquet") if file.is_file())
+    if not files:
+        raise UserError(f"{path}: holds no .parquet file: give data.path a file, a folder or a data set that has one")
+    problems = [problem for file in files for problem in _read_parquet(file)]
     counts, targets = (data.fewest_numbers, data.most_numbers), (data.target_low, data.target_high)
     kept = [p for p in problems if counts[0] <= len(p.numbers) <= counts[1] and targets[0] <= p.target <= targets[1]]
     if not kept:
         filters = "data.fewest_numbers, data.most_numbers, data.target_low or data.target_high"
         raise UserError(f"{data.path}: none of its {len(problems)} problems passes the filters: widen {filters}")
     return kept
-
-
-def _parquet_files(data: DataSettings) -> list[Path]:
-    path = Path(data.path)
-    if os.path.isfile(path):
-        return [path]
-    if not os.path.isdir(path):
-        if not HUB_ID.fullmatch(data.path) or path.suffix == ".parquet":
-            raise UserError(f"{path}: no such file or folder, nor a hub data set (owner/name): set data.path")
-        path = download("data", data.path, data.revision, ["*.parquet"])
-    files = sorted(file for file in path.rglob("*.parquet") if file.is_file())
-    if not files:
-        raise UserError(f"{data.path}: holds no .parquet file: give a file, a folder or a data set that has one")
-    return files
 
 
 def _read_parquet(file: Path) -> list[Problem]:
@@ -170,8 +174,8 @@ def _read_parquet(file: Path) -> list[Problem]:
         rule = f"nums must be 2 to 6 whole numbers from 1 to {MAX_NUMBER:,}, and target another"
         raise UserError(f"{file}: holds no problem: {rule}; found {bad}")
     if len(problems) < len(rows):
-        # as a UserError: one line without control characters, whatever the file's name and its rows
-        print(UserError(f"{file}: dropped {len(rows) - len(problems)} of {len(rows)} rows, such as {bad}"), flush=True)
+        # as a UserError, which is one line whatever the rows hold
+        say(str(UserError(f"{file}: dropped {len(rows) - len(problems)} of {len(rows)} rows, such as {bad}")))
     return problems
 
 

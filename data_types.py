@@ -74,6 +74,7 @@ class Progress:
     drawn: int = 0  # training problems drawn so far
     optimizer_steps: int = 0  # fewer than steps where one was skipped, more with several updates per batch
     skipped_in_a_row: int = 0
+    problems: str = ""  # SHA-256 of the problems, so that a resumed run notices others
     best: float = 0.0  # held-out success, of all evaluations
     best_step: int = 0
     before: dict[str, float] = field(default_factory=dict)  # the evaluation before training, and after it
@@ -110,7 +111,7 @@ class RolloutSettings:
     questions_per_step: int = setting(16, "questions per step", at_least=1, at_most=65536)
     max_draws: int = setting(1, "dynamic sampling: draws per step, at most", at_least=1, at_most=100)
     max_new_tokens: int = setting(REQUIRED, "a response is truncated there, in tokens", at_least=1, at_most=2**20)
-    temperature: float = setting(1.0, "the logits are divided by it", above=0)
+    temperature: float = setting(1.0, "the logits are divided by it", at_least=0.01)
     top_p: float = setting(1.0, "sample from the most likely tokens that sum to this", above=0, at_most=1)
     top_k: int = setting(0, "sample from the k most likely tokens; 0: from all", at_least=0)
     max_rows: int = setting(0, "responses sampled at the same time, in whole groups; 0: as planned", at_least=0)
@@ -124,7 +125,7 @@ class RolloutSettings:
 class TrainSettings:
     """The update of the policy."""
 
-    learning_rate: float = setting(REQUIRED, "the step size of AdamW", above=0)
+    learning_rate: float = setting(REQUIRED, "the step size of AdamW", above=0, at_most=1)
     steps: int = setting(REQUIRED, "training steps: a rollout and an update each", at_least=1, at_most=999_999)
     seed: int = setting(1, "of every random choice in the run", at_least=0)
     warmup_steps: int = setting(0, "steps over which the learning rate rises linearly", at_least=0)

@@ -77,7 +77,7 @@ def writing(folder: Path) -> Iterator[None]:
 @contextmanager
 def atomic_folder(folder: Path) -> Iterator[Path]:
     """A folder to fill, which takes the place of `folder` once it is whole and on the disk; else nothing changes."""
-    partial = folder.with_name(folder.name + PARTIAL)
+    partial, replaced = folder.with_name(folder.name + PARTIAL), folder.with_name(folder.name + ".old" + PARTIAL)
     shutil.rmtree(partial, ignore_errors=True)
     try:
         with writing(partial):
@@ -85,10 +85,11 @@ def atomic_folder(folder: Path) -> Iterator[Path]:
             for path in (*partial.iterdir(), partial):
                 flush(path)
             if folder.exists():
-                shutil.rmtree(folder)
+                folder.rename(replaced)
             partial.rename(folder)  # here a checkpoint becomes visible
             flush(folder.parent)
             flush(folder.parent.parent)
+        shutil.rmtree(replaced, ignore_errors=True)  # not in `finally`: after half of the exchange it is the only one
     finally:
         shutil.rmtree(partial, ignore_errors=True)  # gone already if it was renamed
 

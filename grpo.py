@@ -9,7 +9,7 @@ The paper is DeepSeekMath (arXiv 2402.03300), section 4.1. How this departs from
 3. The loss is divided by the length limit, not by each response's own length (train.divide_loss_by): Dr. GRPO
    (arXiv 2503.20783) shows that the latter penalizes long wrong responses too little.
 4. Groups whose rewards are all equal have zero advantage. Their rows get no forward pass, but they count in the
-   denominator of the loss.
+   denominator of the loss (unless dynamic sampling replaces them: rollout.max_draws).
 
 The other choices on which the papers differ are settings too, a line or two each:
 
@@ -18,6 +18,9 @@ The other choices on which the papers differ are settings too, a line or two eac
     divide_by_std      false: Dr. GRPO
     divide_loss_by     tokens: DAPO eq. 8; responses: DeepSeekMath eq. 3; limit: Dr. GRPO
     truncated          keep, mask or penalize truncated responses: DAPO section 3.4
+
+A truncated response never earns the format reward, but a right answer in it counts (countdown_task.py). `keep` leaves
+it at that, `mask` takes it out of the loss, `penalize` lowers the reward of every response that ends near the limit.
 """
 
 import math
@@ -95,14 +98,14 @@ def objective(logprobs: Tensor, old_logprobs: Tensor, advantage: Tensor, setting
 
 def accumulate_gradient(
     policy: Qwen2, episodes: list[Episode], sampling: Sampling, settings: TrainSettings, tokens_per_microbatch: int
-) -> dict[str, float | None]:
+) -> dict[str, float]:
     """Leave the gradient of the batch's loss in the parameters' .grad: eq. 3, with the sign flipped.
 
-    Returns the loss and, as means over the tokens of the active rows (None where there are none): entropy,
+    Returns the loss and, as means over the tokens of the active rows (of the first row where none is active): entropy,
     approx_kl, logprob_gap (mean |log ratio|: sampler against trainer) and clip_fraction (ratios outside the clip).
     """
     policy.zero_grad(set_to_none=True)
-    active = [episode for episode in episodes if episode.active]
+    active = [episode for episode in episodes if episode.active] or episodes[:1]
     sums = torch.zeros(5, dtype=torch.float64)
     with tqdm(desc="updating", unit=" rows", total=len(active), leave=False, disable=None) as bar:
         for microbatch in micro_batches([episode.length for episode in active], tokens_per_microbatch):
@@ -123,7 +126,7 @@ def accumulate_gradient(
             bar.update(len(batch))
     tokens = sum(len(episode.response_ids) for episode in active)
     loss_sum, *others = sums.tolist()
-    means = [value / tokens if active else None for value in others]
+    means = [value / tokens for value in others]
     return {"loss": loss_sum, **dict(zip(("entropy", "approx_kl", "logprob_gap", "clip_fraction"), means, strict=True))}
 
 

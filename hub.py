@@ -31,6 +31,11 @@ def download(section: str, name: str, revision: str, patterns: list[str]) -> Pat
         raise UserError(f"{name}: no folder, nor to be had from the hub ({one_line(error)}): {cures}") from error
 
 
+def commit(folder: Path, revision: str) -> str:
+    """The commit of a folder in the hub's cache, so that a run can stay with it; `revision` for any other folder."""
+    return folder.name if folder.parent.name == "snapshots" else revision
+
+
 def one_line(error: BaseException) -> str:
     """The error's kind and the start of its message, without line breaks."""
     return " ".join(f"{type(error).__name__}: {error}".split())[:200]

@@ -13,33 +13,21 @@ import html
 import json
 import math
 import os
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from torch.utils.tensorboard import SummaryWriter
 
 from config import dump_config
 from data_types import Config, Episode, Progress
 from files import write_text, writing
+from terminal import printable, say, warn
 
-
-def say(text: str) -> None:
-    """One line for the person at the terminal."""
-    print(text, flush=True)
-
-
-def warn(text: str) -> None:
-    print(f"warning: {text}", file=sys.stderr, flush=True)
-
-
-def printable(text: str) -> str:
-    """`text` with everything but printable characters and newlines escaped: no terminal codes, no hidden marks."""
-    return "".join(c if c.isprintable() or c == "\n" else ascii(c)[1:-1] for c in text)
+LOGS = ("metrics.jsonl", "samples.txt")
 
 
 class Logbook:
@@ -54,8 +42,7 @@ class Logbook:
         self.began, self.warned = time.perf_counter(), False
         with writing(folder):
             write_text(folder / "config.yml", dump_config(config))
-            names = ("metrics.jsonl", "samples.txt")
-            self.files = {name: (folder / name).open("ab", buffering=2**20) for name in names}
+            self.files = {name: open_log(folder / name) for name in LOGS}
             for name, file in self.files.items():
                 file.truncate(progress.files.get(name, 0))
             keep = progress.step and progress.step + 1
@@ -121,6 +108,11 @@ class Logbook:
         if progress.best - after["eval_greedy"] > 2 * after["eval_greedy_se"]:
             say(f"but it is not the best: {best_weights(progress)}")
         say(f"metrics, samples and TensorBoard files: {self.folder}")
+
+
+def open_log(path: Path) -> BinaryIO:
+    """A file to append to; a symbolic link, which somebody else may have put there, is an OSError."""
+    return os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW, 0o666), "ab", 2**20)
 
 
 def best_weights(progress: Progress) -> str:

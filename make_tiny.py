@@ -41,10 +41,10 @@ from tokenizers import Regex, Tokenizer as BytePairTokenizer, decoders, models, 
 from countdown_task import ASSISTANT_PREFIX, grade, question_text, split_problems
 from data_types import Problem, Sampling
 from files import write_json
-from logbook import printable
 from model_folder import CONFIG, load_model, save_model
 from qwen2_model import Qwen2, Qwen2Config
 from rollout import Sampler
+from terminal import printable
 from tokenizer import Tokenizer
 
 HELD_OUT = 512

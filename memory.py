@@ -7,12 +7,14 @@ against a count of live bytes. For the rest (cuBLAS workspaces, fragmentation) i
     python benchmark.py --config config.yml --fits                  # which sizes fit on which cards, and how
     python benchmark.py --config config.yml --shape 3B --plan 48    # the plan of one config on a card of 48 GB
 
-Left out: several GPUs, and the host's memory.
+Left out: several GPUs, and the host's memory that `offload` takes.
 """
 
+import os
 import re
-import sys
+from contextlib import suppress
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
@@ -21,6 +23,7 @@ from grpo import CHUNK_TOKENS
 from optimizer import SLICE
 from qwen2_model import Qwen2, Qwen2Config
 from rollout import COLUMN_BLOCK, PREFILL_TOKENS, round_up
+from terminal import say
 
 GIB = 2**30
 RESERVE = 0.75 * GIB
@@ -60,12 +63,13 @@ def plan_memory(config: Config, shape: Qwen2Config, prompt_tokens: int, availabl
     state = {"split": 6, "offload": 0, "master": 8 if size == 4 else 12}[train.optimizer]
     always = {"weights": weights * size, f"optimizer state ({train.optimizer})": weights * state, "reserve": RESERVE}
 
-    columns = round_up(prompt_tokens + rollout.max_new_tokens, COLUMN_BLOCK)
+    responses, longest = rollout.questions_per_step * rollout.group_size, prompt_tokens + rollout.max_new_tokens
+    columns = round_up(longest, COLUMN_BLOCK)
     row_cache = 2 * layers * shape.num_key_value_heads * shape.head_dim * columns * size
     warped = 28 * vocabulary if rollout.top_k or rollout.top_p < 1 else 0  # sorting logits, per token
     row_logits = 2 * (12 * vocabulary + warped)  # logits, probabilities, running sum; again in the graphs' pool
     prefill = max(PREFILL_TOKENS, prompt_tokens) * 1.25 * activations(shape, size)
-    wanted = max(rollout.questions_per_step * rollout.group_size, config.data.held_out)
+    wanted = max(responses, config.data.held_out)
     room = available - sum(always.values()) - prefill
     rows = max(rollout.group_size, int(min(wanted, rollout.max_rows or wanted, room / (row_cache + row_logits))))
     sampling = {
@@ -73,7 +77,7 @@ def plan_memory(config: Config, shape: Qwen2Config, prompt_tokens: int, availabl
         "sampling: logits and prefill": max(rows * row_logits, prefill),
     }
 
-    tokens = max(train.tokens_per_microbatch, prompt_tokens + rollout.max_new_tokens)
+    tokens = min(max(train.tokens_per_microbatch, longest), responses * longest)
     layer = tokens * activations(shape, size)
     kept = layers * (tokens * shape.hidden_size * size if train.activation_checkpointing else layer)
     embedding = 4 * vocabulary * shape.hidden_size  # the gradient of the embedding, which the head may share, fp32
@@ -88,25 +92,39 @@ def plan_memory(config: Config, shape: Qwen2Config, prompt_tokens: int, availabl
 
 
 def activations(shape: Qwen2Config, size: int) -> float:
-    """Bytes per token that one layer keeps for backward: norms, q/k/v before and after rotation, attention, SwiGLU."""
+    """Bytes per token that one layer keeps for backward: norms, q/k/v, attention, SwiGLU."""
     queries = shape.num_attention_heads * shape.head_dim
     keys = shape.num_key_value_heads * shape.head_dim
-    return size * (4 * shape.hidden_size + 4 * queries + 3 * keys + 4 * shape.intermediate_size)
+    return size * (4 * shape.hidden_size + 2 * queries + 2 * keys + 4 * shape.intermediate_size)
 
 
 def check_memory(config: Config, shape: Qwen2Config, prompt_tokens: int, device: torch.device) -> int:
-    """Print the plan for a CUDA device and refuse what cannot fit; returns how many rows may be sampled at once."""
-    if device.type != "cuda":
-        return config.rollout.max_rows or sys.maxsize
-    if config.model.dtype == "bfloat16" and not torch.cuda.is_bf16_supported(including_emulation=False):
+    """Plan, and refuse what cannot fit; returns how many rows may be sampled at once. Prints the plan for a GPU."""
+    on_gpu = device.type == "cuda"
+    if on_gpu and config.model.dtype == "bfloat16" and not torch.cuda.is_bf16_supported(including_emulation=False):
         raise UserError("this GPU has no bfloat16: set model.dtype=float32 train.optimizer=master")
-    available, total = torch.cuda.mem_get_info(device)
+    available = torch.cuda.mem_get_info(device)[0] if on_gpu else host_memory()
     plan = plan_memory(config, shape, prompt_tokens, available)
-    print(plan.table(available), flush=True)
+    if on_gpu:
+        say(plan.table(available))
     if max(plan.peaks) > available:
-        free = f"{available / GIB:.1f} of {total / GIB:.1f} GiB are free"
-        raise UserError(f"this run needs {max(plan.peaks) / GIB:.1f} GiB, and {free}: {advice(config, plan)}")
+        needed, free = max(plan.peaks) / GIB, available / GIB
+        raise UserError(f"this run needs {needed:.1f} GiB, and {free:.1f} GiB are free: {advice(config, plan)}")
+    rollout = config.rollout
+    tokens = rollout.questions_per_step * rollout.group_size * rollout.max_new_tokens
+    if tokens * 80 > host_memory():  # bytes per response token: random numbers, and lists of ids and logprobs
+        raise UserError(f"no memory for {tokens:,} tokens per step: lower rollout.group_size or questions_per_step")
     return plan.rows
+
+
+def host_memory() -> float:
+    """Bytes of memory that are available on this machine, or all there are where it does not say."""
+    sizes = [os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")]
+    with suppress(OSError):  # not Linux
+        sizes += [1024 * int(size) for size in re.findall(r"MemAvailable: *(\d+)", Path("/proc/meminfo").read_text())]
+    with suppress(OSError, ValueError):  # no container, or one without a limit
+        sizes.append(int(Path("/sys/fs/cgroup/memory.max").read_text()))
+    return min(sizes)
 
 
 def advice(config: Config, plan: MemoryPlan) -> str:
@@ -119,5 +137,6 @@ def advice(config: Config, plan: MemoryPlan) -> str:
 
 
 def out_of_memory(error: RuntimeError) -> bool:
-    """Whether this is about the GPU's memory: cuBLAS and graphs report it in other words."""
-    return isinstance(error, torch.OutOfMemoryError) or bool(re.search("out of memory|ALLOC_FAILED", str(error)))
+    """Whether this is about memory: cuBLAS, graphs and the CPU report it in words of their own."""
+    words = "out of memory|ALLOC_FAILED|can't allocate memory"
+    return isinstance(error, torch.OutOfMemoryError) or bool(re.search(words, str(error)))

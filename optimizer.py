@@ -42,7 +42,7 @@ def learning_rate(step: int, settings: TrainSettings) -> float:
     if settings.schedule == "constant":
         return settings.learning_rate
     progress = (step - settings.warmup_steps) / max(1, settings.steps - settings.warmup_steps)
-    return settings.learning_rate * (0.55 + 0.45 * math.cos(math.pi * progress))
+    return settings.learning_rate * (0.55 + 0.45 * math.cos(math.pi * min(1.0, progress)))
 
 
 def split_bits(exact: Tensor) -> tuple[Tensor, Tensor]:

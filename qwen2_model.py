@@ -160,13 +160,15 @@ class Qwen2(nn.Module):
                 x = layer(x, cos, sin, attend)
         return self.norm(x)
 
-    def logits(self, hidden: Tensor) -> Tensor:
+    def logits(self, hidden: Tensor, head: Tensor | None = None) -> Tensor:
         """Logits (N, V) in fp32 of hidden states (N, hidden); -inf for the padding ids past `vocabulary`.
+
+        head: `self.head`, which a caller may have widened to fp32 already.
 
         The padding rows are computed all the same: without them the matmul's width would be odd (151,665), and
         no fast bf16 kernel takes that.
         """
-        logits = wide_matmul(hidden, self.head)  # (N, V)
+        logits = wide_matmul(hidden, self.head if head is None else head)  # (N, V)
         with torch.no_grad():  # their probability is 0, and so is their gradient
             logits[:, self.vocabulary :].fill_(-torch.inf)
         return logits
@@ -183,7 +185,7 @@ def wide_matmul(hidden: Tensor, head: Tensor) -> Tensor:
     Logits rounded to bf16 would move each logprob by up to 0.06, more than a policy update does. CUDA can return the
     fp32 sums of a bf16 matmul; elsewhere both sides are widened first.
     """
-    if hidden.dtype == torch.float32 or hidden.device.type in ("cpu", "mps"):
+    if head.dtype == torch.float32 or hidden.device.type in ("cpu", "mps"):
         return hidden.float() @ head.float().t()
     return WideMatmul.apply(hidden, head)
 

@@ -29,6 +29,7 @@ from tqdm import tqdm
 
 from data_types import Sampling
 from qwen2_model import Qwen2, causal_attention
+from terminal import warn
 
 PREFILL_TOKENS = 4096  # prompt tokens in one forward pass: their activations would grow without bound
 COLUMN_BLOCK = 128  # cache columns come in blocks, so that graphs are few and the mask is aligned as kernels want it
@@ -167,6 +168,8 @@ class Decoder:
     def __init__(self, policy: Qwen2, cache: KVCache, uniforms: Tensor, end_ids: list[int], sampling: Sampling) -> None:
         (count, length), device = uniforms.shape, uniforms.device
         self.policy, self.cache, self.uniforms, self.sampling = policy, cache, uniforms, sampling
+        on_cpu = device.type == "cpu"
+        self.head = policy.head.float() if on_cpu else policy.head  # once: at every step it would take half the time
         self.end_ids = torch.tensor(end_ids, device=device)
         self.rows = torch.arange(count, device=device)
         self.alive = torch.ones(count, dtype=torch.bool, device=device)  # (slots,) like the next one
@@ -188,7 +191,7 @@ class Decoder:
             hidden = self.policy(padded.to(self.rows.device), attend=self.cache.attend_prompt)  # (prompts, P, hidden)
             ends = torch.tensor([len(hidden[0]) * row + length - 1 for row, length in enumerate(lengths)])
             last.append(hidden.flatten(0, 1)[ends.to(hidden.device)])
-        self.record(self.policy.logits(torch.cat(last)).repeat_interleave(self.cache.group, dim=0))
+        self.record(self.policy.logits(torch.cat(last), self.head).repeat_interleave(self.cache.group, dim=0))
 
     def record(self, logits: Tensor) -> None:
         """Draw each active slot's next token from logits (active, V) and write it down, without synchronizing."""
@@ -207,7 +210,7 @@ class Decoder:
         positions = self.cache.column - self.cache.start[:n, None]  # (n, 1)
         hidden = self.policy(self.last[:n, None], positions, self.cache.attend_new)  # (n, 1, hidden)
         self.cache.column += 1
-        self.record(self.policy.logits(hidden[:, 0]))
+        self.record(self.policy.logits(hidden[:, 0], self.head))
 
     def drop_finished(self) -> None:
         """Rows that ended leave: active rows from the end of the batch move into their slots.
@@ -324,5 +327,5 @@ class Sampler:
                 bar.update(int(decoder.lengths.sum()) - bar.n)
         if graphed and graphed.refused:
             self.graphs = False
-            print(f"warning: decoding without CUDA graphs, more slowly: {graphed.refused}", file=sys.stderr, flush=True)
+            warn(f"decoding without CUDA graphs, more slowly: {graphed.refused}")
         return decoder.responses()

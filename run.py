@@ -4,12 +4,14 @@ Nothing here is part of the algorithm. `Run` holds what a run works with; two of
 gradient (`generate`, `accumulate_gradient`), and `finish_step` takes over when a step is done.
 """
 
+import hashlib
 import math
 import os
 import signal
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import FrameType
@@ -21,18 +23,20 @@ from torch import Tensor
 import grpo
 from alarms import Alarms
 from checkpoint import load_optimizer, save_best, save_checkpoint
-from countdown_task import ASSISTANT_PREFIX, load_problems, question_text, split_problems
+from countdown_task import ASSISTANT_PREFIX, find_problems, load_problems, question_text, split_problems
 from data_types import Config, Episode, Progress, Sampling, UserError
 from files import atomic_folder
-from logbook import Logbook, episode_metrics, warn
+from hub import commit
+from logbook import Logbook, episode_metrics
 from memory import check_memory, out_of_memory
 from model_folder import find_folder, load_model, read_model_config, read_small_files, save_model
 from optimizer import AdamW
 from rollout import Response, Sampler
+from terminal import warn
 from tokenizer import Tokenizer
 
 T = TypeVar("T")
-STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 class Interrupted(Exception):
@@ -46,15 +50,22 @@ class Run:
     """A run in its folder, from its start or from a checkpoint; what is cheap to check is checked first."""
 
     def __init__(self, config: Config, folder: Path, checkpoint: Path | None, progress: Progress) -> None:
-        self.config, self.folder, self.progress = config, folder, progress
+        self.folder, self.progress = folder, progress
         device = find_device(config.model.device)
         # on a CPU the matmuls of a small model are too short to share out among many cores
         torch.set_num_threads(config.train.threads or min(os.cpu_count() or 1, 8))
         source = checkpoint or find_folder(config.model)
+        model = replace(config.model, revision=commit(source, config.model.revision))
+        data = replace(config.data, revision=commit(find_problems(config.data), config.data.revision))
+        self.config = config = replace(config, model=model, data=data)  # what was fetched belongs to the run
         shape, self.tokenizer = read_model_config(source), Tokenizer(source)
         if len(self.tokenizer) > shape.vocab_size:
             raise UserError(f"{source}: {len(self.tokenizer)} ids in the tokenizer, {shape.vocab_size} in config.json")
         self.training, self.held_out = split_problems(load_problems(config.data), config.data.held_out)
+        digest = hashlib.sha256(repr((self.training, self.held_out)).encode()).hexdigest()
+        if checkpoint and digest != progress.problems:
+            raise UserError(f"{config.data.path}: not the problems this run began with: put them back or start anew")
+        progress.problems = digest
         longest = max(self.training + self.held_out, key=lambda problem: len(str(problem)))
         prompt_tokens = len(self.tokenizer.encode_prompt(question_text(longest), ASSISTANT_PREFIX))
         needed, most = prompt_tokens + config.rollout.max_new_tokens, shape.max_position_embeddings
@@ -91,10 +102,12 @@ class Run:
     def note_signal(self, number: int, frame: FrameType | None) -> None:
         """The run stops where nothing is lost; the next signal ends it at once."""
         self.signal = number
-        for each in STOP_SIGNALS:  # not what was set before: a shell lets background jobs ignore Ctrl-C
+        for each in (signal.SIGINT, signal.SIGTERM):  # not what was set before: a shell may have them ignored
             signal.signal(each, signal.default_int_handler)
-        text = b"\nstopping: finishing this phase, then saving; press Ctrl-C again to stop immediately\n"
-        os.write(2, text)  # print may be busy
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)  # a terminal that closes may send it more than once
+        text = b"\nstopping as soon as nothing is lost, then saving; press Ctrl-C again to stop immediately\n"
+        with suppress(OSError):
+            os.write(2, text)  # print may be busy
 
     @contextmanager
     def timed(self, phase: str) -> Iterator[None]:
@@ -110,7 +123,7 @@ class Run:
         self.stop_if_asked()
         return responses
 
-    def accumulate_gradient(self, episodes: list[Episode], sampling: Sampling) -> dict[str, float | None]:
+    def accumulate_gradient(self, episodes: list[Episode], sampling: Sampling) -> dict[str, float]:
         """grpo.accumulate_gradient, in smaller micro-batches where the GPU runs out of memory.
 
         A gradient that comes from numbers that are not finite is dropped, so no optimizer step follows.
@@ -141,9 +154,9 @@ class Run:
                 cures = (
                     "lower rollout.max_new_tokens, set train.activation_checkpointing=true or train.optimizer=offload"
                 )
-                raise UserError(f"out of GPU memory even with {limit} {what}: {cures}, or free the GPU")
+                raise UserError(f"out of memory even with {limit} {what}: {cures}, or free some")
             self.limits[what] = max(least, limit // 2)
-            warn(f"out of GPU memory; from now on at most {self.limits[what]} {what}")
+            warn(f"out of memory; from now on at most {self.limits[what]} {what}")
 
     # ---- After a step ------------------------------------------------------------------------------------------
 
@@ -196,12 +209,14 @@ def open_run(config: Config, folder: Path, checkpoint: Path | None, progress: Pr
     """A Run that saves a checkpoint when a signal or an error ends it, and the trained model at its own end."""
     with memory_in_one_line():
         run = Run(config, folder, checkpoint, progress)
-    handlers = {number: signal.signal(number, run.note_signal) for number in STOP_SIGNALS}
+    nohup = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    numbers = STOP_SIGNALS[:2] if nohup else STOP_SIGNALS
+    handlers = {number: signal.signal(number, run.note_signal) for number in numbers}
     try:
         with memory_in_one_line():
             yield run
             run.finish()
-    except (Interrupted, UserError):
+    except Exception:
         if run.optimizer.steps == progress.optimizer_steps:  # the weights are those of the last finished step
             run.save()
         raise
@@ -219,13 +234,12 @@ def memory_in_one_line() -> Iterator[None]:
     except RuntimeError as error:
         if not out_of_memory(error):
             raise
-        raise UserError("out of GPU memory where nothing can be made smaller: set train.optimizer=offload") from None
+        raise UserError("out of memory where nothing can be made smaller: try train.optimizer=offload") from None
 
 
 def finite(stats: dict[str, Any], episodes: list[Episode]) -> bool:
     """Whether all numbers of a step are finite: its statistics, and what the sampler computed."""
-    numbers = [value for value in stats.values() if value is not None]
-    return all(map(math.isfinite, [*numbers, *(sum(episode.old_logprobs) for episode in episodes)]))
+    return all(map(math.isfinite, [*stats.values(), *(sum(episode.old_logprobs) for episode in episodes)]))
 
 
 @contextmanager

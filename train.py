@@ -20,13 +20,14 @@ import sys
 
 import torch
 
-from checkpoint import find_run, new_run_folder, prepare_resume
+from checkpoint import find_run, locked, new_run_folder, prepare_resume
 from config import load_config
 from countdown_task import ASSISTANT_PREFIX, grade, problem_order, question_text
 from data_types import Episode, Problem, Progress, RolloutSettings, Sampling, UserError
 from grpo import apply_gradient, assign_advantages, assign_token_weights
 from optimizer import learning_rate
 from run import Interrupted, Run, finite, open_run
+from terminal import complain, drop_unwritten, say
 
 
 def train(run: Run) -> None:
@@ -97,15 +98,15 @@ def choose_groups(episodes: list[Episode], settings: RolloutSettings) -> list[Ep
         return list(episodes)
     size = settings.group_size
     groups = [episodes[first : first + size] for first in range(0, len(episodes), size)]
-    active = [group for group in groups if any(e.advantage for e in group) or not finite({}, group)]
+    active = [group for group in groups if any(e.advantage for e in group) or not finite({}, group)] or groups[:1]
     return [episode for group in active[: settings.questions_per_step] for episode in group]
 
 
-def update(run: Run, step: int, batch: list[Episode]) -> dict[str, float | None]:
-    """The optimizer steps on one batch (algorithm 1, lines 10 to 12).
+def update(run: Run, step: int, batch: list[Episode]) -> dict[str, float]:
+    """The optimizer steps on one batch (algorithm 1, lines 10 and 11).
 
-    The statistics are those of the first, on fresh responses, but for clip_fraction; or of one with numbers that are
-    not finite, which is the last.
+    Returns the statistics of the first, which are those of fresh responses, with the clip_fraction of the last. An
+    update whose numbers are not finite is skipped and ends the step: then the statistics are its own.
     """
     settings, updates = run.config.train, []
     with run.timed("update"):
@@ -151,24 +152,27 @@ def main(argv: list[str] | None = None) -> int:
     try:
         if arguments.resume is None:
             config = load_config(arguments.config, arguments.overrides)
-            folder, checkpoint, progress = new_run_folder(config, arguments.name), None, Progress()
+            folder = new_run_folder(config, arguments.name)
         else:
             folder = find_run(arguments.resume, arguments.overrides)
             config = load_config(folder / "config.yml", arguments.overrides)
-            checkpoint, progress = prepare_resume(folder, config)
-        with open_run(config, folder, checkpoint, progress) as run:
-            train(run)
+        with locked(folder):
+            checkpoint, progress = (None, Progress()) if arguments.resume is None else prepare_resume(folder, config)
+            with open_run(config, folder, checkpoint, progress) as run:
+                train(run)
     except Interrupted as stop:
-        print(f"stopped; to continue: {shlex.join(['python', 'train.py', '--resume', str(folder)])}", flush=True)
+        say(f"stopped; to continue: {shlex.join(['python', 'train.py', '--resume', str(folder)])}")
         return 128 + stop.number
     except UserError as error:
-        print(f"train.py: {error}", file=sys.stderr)
+        complain(f"train.py: {error}")
         return 2
     except KeyboardInterrupt:
-        print("train.py: stopped at once; --resume continues from the last checkpoint", file=sys.stderr)
+        complain("train.py: stopped at once, without saving")
         return 130
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    status = main()
+    drop_unwritten()
+    sys.exit(status)

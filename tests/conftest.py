@@ -7,6 +7,9 @@ import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+torch.set_num_threads(
+    1
+)  # what is this small gains nothing from more, and beside another process they wait for each other
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

@@ -41,7 +41,7 @@ def oracle(response: str, truncated: bool, problem: Problem) -> Reward:
     if any(text.count(tag) != 1 for tag in TAGS) or places != sorted(places):
         return Reward(0.0, 0.0)
     between = text[places[1] + len("</think>") : places[2]]
-    well_formed = not truncated and text.endswith("</answer>") and between != "" and set(between) <= set(SPACE)
+    well_formed = not truncated and text.endswith("</answer>") and set(between) <= set(SPACE)
     return Reward(0.1 * well_formed, 1.0 * solves(text[places[2] + len("<answer>") : places[3]], problem))
 
 

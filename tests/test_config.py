@@ -45,8 +45,11 @@ def load(tmp_path):
 
 @pytest.mark.parametrize("name", sorted(path.name for path in ROOT.glob("config*.yml")))
 def test_the_configs_of_the_repository_load_and_read_back_equal(name, load):
-    loaded = load_config(ROOT / name)
-    assert load(dump_config(loaded)) == loaded
+    loaded = load_config(ROOT / name, ["output.folder=läufe 数"])
+    text = dump_config(loaded)
+    assert load(text) == loaded
+    assert "  folder: läufe 数\n" in text  # not as escapes
+    assert [f"{section}.{key}" for section, keys in yaml.safe_load(text).items() for key in keys] == list(SETTINGS)
 
 
 def test_the_smallest_file_gives_every_other_setting_its_default(load):
@@ -151,21 +154,13 @@ def test_a_mistake_gets_one_line_that_names_it(load, content, overrides, named):
     assert re.search(named, complaint(load, content, *overrides))
 
 
-def test_the_dump_is_plain_yaml_with_every_setting_and_starts_with_what_people_tune(load):
-    text = dump_config(load(SMALLEST, "output.folder=läufe 数"))
-    assert text.startswith("rollout:\n  group_size: 16\n")
-    assert "  folder: läufe 数\n" in text  # not as escapes
-    assert [f"{section}.{key}" for section, keys in yaml.safe_load(text).items() for key in keys] == list(SETTINGS)
-    assert all(spec.metadata["meaning"] for spec in SETTINGS.values())
-
-
 LOOKALIKES = ["true", "1e-6", "010", "no", "None", "a: b", "- a", "#a", "*a", "!a", "=", "<<", "'", '"', "[", " a ",
               "é 数 🙂", "2024-01-31", "x " * 100, "null", "~"]  # fmt: skip  # YAML would misread or fold them
 WORDS = st.sampled_from(LOOKALIKES) | st.text(min_size=1).filter(lambda text: text.isprintable() and text.strip())
 
 
 @settings(derandomize=True, deadline=None, max_examples=100)
-@given(WORDS, WORDS, st.floats(0, 2**31, exclude_min=True), st.integers(1, 2**31))
+@given(WORDS, WORDS, st.floats(0, 1, exclude_min=True), st.integers(1, 2**31))
 def test_a_dump_reads_back_equal(tmp_path_factory, path, revision, rate, low):
     file = tmp_path_factory.getbasetemp() / "dumped.yml"
     tiny = load_config(ROOT / "config_tiny.yml")

@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy
 import pandas
-import pyarrow
 import pyarrow.parquet
 import pytest
 from fuzz_grader import DEEPEST, fuzz, is_fast
@@ -42,13 +41,14 @@ GOOD = f"12 - 7 is 5, too low</think>\n<answer>{X}</answer>"
 RESPONSES = {  # (format, correct): what was sampled after "<think>"
     (0.1, 1.0): [
         GOOD, f"</think> <answer>{X}</answer>", f"</think>\r\n \t\n<answer>{X}</answer>", f"3 = 9 ** 9{GOOD}",
+        f"</think><answer>{X}</answer>",
         f"< think> <answer > <Answer> </ think></think>\n<answer>{X}</answer>",  # almost tags are text
     ],
     (0.1, 0.0): [  # the format does not depend on what the answer is
         GOOD.replace(X, "3 + 7"), GOOD.replace(X, "I give up"), GOOD.replace(X, ""), X + GOOD.replace(X, "3 + 7"),
     ],
     (0.0, 1.0): [  # white space between the blocks and nothing else, nothing after the answer
-        f"</think><answer>{X}</answer>", f"</think> so: <answer>{X}</answer>", f"</think>\xa0<answer>{X}</answer>",
+        f"</think> so: <answer>{X}</answer>", f"</think>\xa0<answer>{X}</answer>",
         GOOD + " done", GOOD + "\n", GOOD + "<|im_end|>",
     ],
     (0.0, 0.0): [
@@ -231,7 +231,7 @@ def test_a_bad_row_is_dropped_counted_and_shown(tmp_path, capsys, nums, target):
 BAD_COLUMNS = [
     *(([nums], [10]) for nums in ("[3, 7]", 3, ["3", "7"], [[3], [7]], [True, True], [3.5, 7.0], {"a": 3, "b": 7})),
     *(([[bad, 7.0]], [10]) for bad in (float("nan"), float("inf"))),
-    *(([[3, 7]], [target]) for target in ("10", "\x1b[31m\n", [10], -4, float("nan"), float("inf"), 10.5, True)),
+    *(([[3, 7]], [target]) for target in ("10", "\x1b[31m\n", [10], -4, float("nan"), float("inf"), 10.5, 1e300, True)),
     ([[3, 7]] * 5, [0] * 5),
     (pyarrow.array([], pyarrow.list_(pyarrow.int64())), pyarrow.array([], pyarrow.int64())),
 ]
@@ -266,12 +266,6 @@ def test_unreadable_files_are_refused_by_name(tmp_path):
     assert refused > 50
 
 
-@pytest.mark.parametrize("path", ["none", "/none/at/all", "../no", "a/b/c", "no/such.parquet", "a\0b", "x" * 400])
-def test_a_path_that_is_nothing_is_not_taken_for_a_hub_id(path, monkeypatch):
-    monkeypatch.setattr(hub, "snapshot_download", lambda *_, **__: pytest.fail("asked the hub"))
-    assert "data.path" in refusal(path)
-
-
 def test_filters(tmp_path):
     assert ".parquet" in refusal(tmp_path)  # a folder without a file
     file = write(tmp_path / "a.parquet", [[1, 2], [1, 2, 3], [1, 2, 3, 4], [5, 6, 7]], [3, 6, 10, 18])
@@ -292,8 +286,7 @@ def test_data_sets_of_the_hub(tmp_path, monkeypatch):
         monkeypatch.setattr(hub, "snapshot_download", download)
         assert [p.target for p in load("lab/countdown")] == [10, 9]
         assert "data.revision" in refusal("lab/countdown", revision="v9")
-        for name, advice in {"no/such": "data.path", "gated/set": "HF_TOKEN", "a--b/c": ""}.items():
-            assert advice in refusal(name)
+        assert "data.path" in refusal("no/such")
     assert not list(tmp_path.rglob("README.md"))  # only what is needed
     assert len(load("lab/countdown")) == 2  # the server is gone
     assert "network" in refusal("no/such")

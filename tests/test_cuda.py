@@ -12,7 +12,7 @@ import run
 import train
 from config import load_config
 from data_types import Sampling
-from memory import plan_memory
+from memory import RESERVE, plan_memory
 from optimizer import AdamW
 
 pytestmark = pytest.mark.cuda
@@ -29,8 +29,7 @@ def test_the_peak_of_the_update_is_what_the_plan_says():
     optimizer = AdamW(policy.parameters(), config.train)
     grpo.accumulate_gradient(policy, active_episodes(*[(160, 864)] * 8), Sampling(), config.train, 4096)
     grpo.apply_gradient(policy, optimizer, 1.0)
-    plan = plan_memory(config, shape, 160)
-    planned = plan.peaks[1] - plan.always["reserve"]
+    planned = plan_memory(config, shape, 160).peaks[1] - RESERVE
     assert 0.85 * planned <= torch.cuda.max_memory_allocated() - before <= 1.05 * planned
 
 

@@ -33,10 +33,10 @@ def test_the_core_fits_one_sitting():
     tests = sum(len(path.read_text().splitlines()) for path in (ROOT / "tests").glob("*.py"))
     print("\n" + "\n".join(f"{name:22s} {count:5d}" for name, count in lines.items()))
     print(f"core {core}, of it the algorithm {algorithm}; tests {tests} lines, blanks and comments included")
-    assert core <= 1802  # the aim is 1,500: LOG.md says what stands in its way
-    assert algorithm <= 625  # likewise 600
+    assert core <= 1895  # the aim is 1,500 and 120 for robustness and many GPUs: LOG.md says what stands in its way
+    assert algorithm <= 635  # likewise 600
     assert lines["benchmark.py"] <= 450
-    assert tests <= 4500
+    assert tests <= 4760
 
 
 def test_functions_fit_a_screen_modules_say_what_they_do_and_nothing_runs_text():

@@ -30,6 +30,7 @@ from config import load_config
 from data_types import Progress, UserError
 from optimizer import AdamW
 from qwen2_model import Qwen2, Qwen2Config
+from rollout import Sampler
 
 WEIGHTS, OPTIMIZER, STATE, SUMS = "model.safetensors", "optimizer.safetensors", "state.json", "checksums.json"
 SMALL = ["config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json"]
@@ -87,7 +88,8 @@ def test_stopped_at_random_moments_a_run_ends_as_if_left_alone():
 
 STOPS = {  # (what is called, for the n-th time, when the signals come; checkpoint.every; the step that is saved)
     "first evaluation": (train, "grade", 1, [SIGTERM], 0, 0),
-    "rollout": (train, "next_problems", 2, [SIGINT], 0, 6),  # what is only sampled leaves no trace
+    "before a rollout": (train, "next_problems", 2, [SIGINT], 0, 6),
+    "rollout": (Sampler, "generate", 1, [SIGTERM], 0, 5),  # what is only sampled leaves no trace
     "update": (train, "update", 2, [SIGTERM], 0, 7),  # a step that is updated is finished, not done twice
     "evaluation": (train, "evaluate", 1, [SIGINT], 0, 6),  # and evaluated
     "saving": (os, "rename", 1, [SIGTERM], 2, 6),
@@ -215,13 +217,13 @@ def test_what_would_not_be_the_same_run_is_refused(file, how, arguments, named, 
     run = killed(alone, tmp_path / "runs" / "night", STEPS - 1, STEPS)
     for folder in (run / "final", run.parent / "begun"):
         folder.mkdir()
-    (run.parent / "begun" / "config.yml").write_text("rollout:\n")
+    for name in ("config.yml", "lock"):
+        (run.parent / "begun" / name).touch()
     DAMAGES[how](run / file)
     before = tree(tmp_path)
     monkeypatch.chdir(tmp_path)
     assert (train.main((arguments or f"--resume night train.steps={STEPS + 1}").split()), tree(tmp_path)) == (2, before)
-    (line,) = capsys.readouterr().err.splitlines()
-    assert named in line
+    assert [named in line for line in capsys.readouterr().err.splitlines()] == [True]
 
 
 def test_a_checkpoint_of_another_version_is_refused(alone, tmp_path, monkeypatch):

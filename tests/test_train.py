@@ -22,8 +22,7 @@ from optimizer import AdamW
 STEP_KEYS = """step reward success format_rate response_length truncated groups zero_variance loss entropy approx_kl
     logprob_gap clip_fraction grad_norm skipped rollout_seconds rollout_tokens_per_second update_seconds
     update_tokens_per_second"""
-GREEDY = {"eval_greedy", "eval_greedy_se"}
-SAMPLED = {"eval_sampled", "eval_sampled_se"}
+GREEDY, SAMPLED = ({f"eval_{kind}", f"eval_{kind}_se"} for kind in ("greedy", "sampled"))
 
 
 @pytest.fixture(scope="module")
@@ -74,6 +73,7 @@ def test_a_run_follows_from_its_seed_however_often_it_is_evaluated(finished, tmp
         assert {key.partition("_")[0] for key in mine.keys() - theirs.keys()} <= {"eval"}
     assert (again.samples(), again.tensors("final")) == (finished.samples(), finished.tensors("final"))
     assert other.metrics()[1:] != finished.metrics()[1:]
+    assert len({done.metrics()[0]["eval_greedy"] for done in (finished, other)}) == 1, "greedy depends on no seed"
 
 
 def test_the_metrics_mean_what_they_say(tmp_path, monkeypatch):
@@ -110,8 +110,7 @@ def test_the_metrics_mean_what_they_say(tmp_path, monkeypatch):
 
 def test_an_epoch_visits_every_problem_once_and_the_next_in_another_order():
     config = load_config(ROOT / "config_tiny.yml", ["rollout.questions_per_step=3"])
-    cursors = [Progress(drawn=drawn) for drawn in range(0, 21, 3)]
-    runs = [SimpleNamespace(config=config, training=list(range(10)), progress=progress) for progress in cursors]
+    runs = [SimpleNamespace(config=config, training=range(10), progress=Progress(drawn=n)) for n in range(0, 21, 3)]
     problems = [problem for run in runs for problem in train.next_problems(run, 0)]
     assert sorted(problems[:10]) == sorted(problems[10:20]) == list(range(10))
     assert problems[:10] != problems[10:20]

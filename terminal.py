@@ -1,0 +1,36 @@
+"""Lines for the person at the terminal; one that cannot be written is dropped, so a closed pipe never ends a run.
+
+What is printed often quotes a response, a file or a command line, so control characters are escaped first.
+"""
+
+import os
+import sys
+from contextlib import suppress
+
+
+def printable(text: str) -> str:
+    """`text` with everything but printable characters and newlines escaped: no terminal codes, no hidden marks."""
+    return "".join(c if c.isprintable() or c == "\n" else ascii(c)[1:-1] for c in text)
+
+
+def say(text: str) -> None:
+    with suppress(OSError, UnicodeError):
+        print(printable(text), flush=True)
+
+
+def complain(text: str) -> None:
+    with suppress(OSError, UnicodeError):
+        print(printable(text), file=sys.stderr, flush=True)
+
+
+def warn(text: str) -> None:
+    complain(f"warning: {text}")
+
+
+def drop_unwritten() -> None:
+    """Before the program ends: else Python would try once more to write what could not be, and fail."""
+    for stream in filter(None, (sys.stdout, sys.stderr)):
+        try:
+            stream.flush()
+        except OSError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
