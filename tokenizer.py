@@ -109,6 +109,7 @@ def compile_template(folder: Path, settings: dict[str, Any]) -> jinja2.Template:
 
     environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
     environment.globals["raise_exception"] = raise_exception
+    environment.policies["json.dumps_kwargs"] = {"sort_keys": False, "ensure_ascii": False}  # as in transformers
     try:
         return environment.from_string(source)
     except Exception as error:  # a TemplateError, or what Python says to a program that is nested too deep

@@ -119,12 +119,12 @@ def mutate(rng: random.Random, text: str, times: int) -> str:
 
 def hostile_response(rng: random.Random) -> tuple[str, bool, Problem]:
     """(response, truncated, problem): a good response, a damaged one, tags and pieces in any order, a very long one."""
-    numbers = [rng.randint(1, 20 if rng.random() < 0.7 else 999) for _ in range(rng.randint(2, 6))]
+    numbers = [rng.randint(1, rng.choice([3, 20, 20, 999])) for _ in range(rng.randint(2, 6))]
     expression = random_expression(rng, numbers)
     try:
         value, _ = evaluate(expression)
     except ZeroDivisionError:
-        value = Fraction(0)
+        value = Fraction(1)  # no answer may earn a reward by it
     if (value.denominator > 1 or value <= 0) and rng.random() < 0.9:
         return hostile_response(rng)  # most problems can be solved
     target, kind = max(1, rng.choice([round, floor, ceil])(value)) + (rng.random() < 0.1), rng.random()

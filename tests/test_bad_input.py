@@ -50,15 +50,11 @@ def later(damage: Callable[..., object]) -> Callable[..., Callable[[], object]]:
 
 
 @later
-def put(path: str, content: str | bytes) -> None:
-    """As a new file: the old one is a hard link that all rows share."""
+def put(path: str, content: str | bytes | None) -> None:
+    """As a new file (None: no file): the old one is a hard link that all rows share."""
     Path(path).unlink(missing_ok=True)
-    Path(path).write_bytes(content.encode() if isinstance(content, str) else content)
-
-
-@later
-def lose(path: str) -> None:
-    Path(path).unlink()
+    if content is not None:
+        Path(path).write_bytes(content.encode() if isinstance(content, str) else content)
 
 
 @later
@@ -72,6 +68,7 @@ def altered(path: str, change: Callable[[bytes], bytes]) -> None:
     put(path, change(Path(path).read_bytes()))()
 
 
+lose = functools.partial(put, content=None)
 halved = functools.partial(altered, change=lambda content: content[: len(content) // 2])
 flipped = functools.partial(altered, change=lambda content: content[:-1] + bytes([content[-1] ^ 1]))
 
@@ -94,16 +91,16 @@ def table(**columns: object) -> None:
 
 
 VALUES = """rollout.group_size=1 rollout.group_size=16.0 rollout.questions_per_step=0 rollout.max_draws=101
-    rollout.max_new_tokens=1048577 rollout.max_new_tokens=0 rollout.temperature=0 rollout.top_p=1.01 rollout.top_k=-1
-    rollout.max_rows=-1 train.learning_rate=1e400 train.learning_rate=nan train.steps=1000000 train.seed=4294967296
-    train.seed=-1 train.warmup_steps=few train.schedule=linear train.weight_decay=-0.1 train.optimizer=adam
-    train.beta1=1 train.beta2=nan train.beta2=-0.1 train.max_grad_norm=inf train.divide_by_std=1 train.objective=ppo
-    train.updates_per_batch=0 train.clip_low=2 train.clip_high=0 train.ratio_cap=-2 train.divide_loss_by=token
-    train.truncated=drop train.penalty_tokens=0 train.tokens_per_microbatch=8k train.activation_checkpointing=off
-    train.max_skips=0 train.threads=-2 model.path= model.revision=[main] model.device=gpu model.dtype=float16
-    data.path=null data.revision={} data.held_out=0 data.fewest_numbers=1 data.fewest_numbers=7 data.most_numbers=7
-    data.most_numbers=1 data.target_low=low data.target_low=0 data.target_high=1.5 eval.every=-1 checkpoint.every=-5
-    checkpoint.keep=0 output.folder= output.samples=two"""
+    rollout.max_new_tokens=1048577 rollout.max_new_tokens=0 rollout.temperature=0 rollout.top_p=0 rollout.top_p=1.01
+    rollout.top_k=-1 rollout.max_rows=-1 train.learning_rate=1e400 train.learning_rate=nan train.steps=1000000
+    train.seed=4294967296 train.seed=-1 train.warmup_steps=few train.schedule=linear train.weight_decay=-0.1
+    train.optimizer=adam train.beta1=1 train.beta2=nan train.beta2=-0.1 train.max_grad_norm=inf train.divide_by_std=1
+    train.objective=ppo train.updates_per_batch=0 train.clip_low=2 train.clip_high=0 train.ratio_cap=-2
+    train.divide_loss_by=token train.truncated=drop train.penalty_tokens=0 train.tokens_per_microbatch=8k
+    train.activation_checkpointing=off train.max_skips=0 train.threads=-2 model.path= model.revision=[main]
+    model.device=gpu model.dtype=float16 data.path=null data.revision={} data.held_out=0 data.fewest_numbers=1
+    data.fewest_numbers=7 data.most_numbers=7 data.most_numbers=1 data.target_low=low data.target_low=0
+    data.target_high=1.5 eval.every=-1 checkpoint.every=-5 checkpoint.keep=0 output.folder= output.samples=two"""
 LONG = "x" * 300
 HOSTILE_NAME = "a\x1b[2J\x1b]0;owned\x07\u202e\r\n\u2028train.py: all is well"  # hides an error, or forges another
 nothing = Mock()  # is wrong with a file
@@ -161,10 +158,9 @@ TABLE = [  # damage, arguments, words
     (folder_at(TEMPLATE), [], TEMPLATE), (keys(GENERATION, eos_token_id=496), [], f"{GENERATION} eos_token_id"),
     (lambda: (keys(SETTING, eos_token=...)(), lose(GENERATION)()), [], "model eos_token"),
     # the data; test_countdown_task.py has the rest
-    (halved("data.parquet"), [], "data.parquet nums target"), (folder_at("data.parquet"), [], "data.parquet"),
+    (halved("data.parquet"), [], "data.parquet nums target"), (folder_at("data.parquet"), [], "data.parquet holds no"),
     (put("model/problems.parquet", ""), ["data.path=model"], "model/problems.parquet"),  # there is a good one besides
     (table(nums=[[3, math.nan]], target=[10]), [], "data.parquet nums target row 0"),
-    (nothing, ["data.held_out=20"], "20 different data.held_out"),
     (nothing, ["data.target_low=20", "data.target_high=15"], "data.parquet data.target_high"),
 ]  # fmt: skip
 NEW = ["--config", "config.yml"]

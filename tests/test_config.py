@@ -69,9 +69,7 @@ def test_the_smallest_file_gives_every_other_setting_its_default(load):
 ACCEPTED = [  # setting, (as typed, value), which yaml.safe_load would often get wrong
     ("train.learning_rate", [("1e-6", 1e-6), ("1", 1.0), ("0.7  # a comment", 0.7)]),  # safe_load: "1e-6" is a string
     ("train.steps", [("010", 10), ("999999", 999999)]),  # safe_load: 010 is octal
-    ("train.beta1", [("0", 0.0)]),
     ("train.divide_by_std", [("false", False), ("true", True)]),
-    ("train.schedule", [("cosine", "cosine")]),
     ("model.device", [("cuda:3", "cuda:3")]),
     ("model.path", [('"a folder: with #, and é 数"', "a folder: with #, and é 数"), ("C:\\qwen", "C:\\qwen")]),
     # safe_load: an octal number, a float, a date, False, None
@@ -108,7 +106,6 @@ def complaint(load, content: str | bytes, *overrides: str) -> str:
 
 BAD_VALUES = [  # setting, what the message says is allowed, values as typed; test_bad_input.py has every setting
     ("rollout.group_size", "whole number.* 2.* 65536", "1|-16|16.0|0x10|true|sixteen|null||[16]|{a: 16}|65537|nan"),
-    ("rollout.top_p", "number.* 0.* 1", "0|1.01"),
     ("train.learning_rate", "number.* 0", "0|-1e-6|1e-400|1e400|.inf|inf|.nan|nan|fast|1e-6x|1,5|true"),
     ("train.steps", "whole number.* 1.* 999999", f"0|1000000|{'9' * 400}|{'9' * 5000}"),  # six digits name a checkpoint
     ("train.objective", "reinforce.* clipped.* truncated_is", "ppo|Clipped"),
@@ -132,12 +129,10 @@ MISTAKES = [  # content of the file, overrides, what the message names
     ("train: {learning_rat: 3}\n", [], r"train\.learning_rat\b.* train\.learning_rate"),
     ("train: {group_size: 3}\n", [], r"train\.group_size.* rollout\.group_size"), ("eval: {lr: 3}\n", [], "eval.lr"),
     ("train:\n\tsteps: 3\n", [], "line 2"), ("train:\n  seed: 3\n steps: 1\n", [], "line 3"),
-    ("train: [3\nmodel: {}\n", [], "line 2"), ("model:\n  path: 'tiny\n", [], "line 3"), ("a: @b\n", [], "line 1"),
     ("train: {}\n---\nmodel: {}\n", [], "line 2"), ("? [a]\n: 3\n", [], "line 1"), ("a: \x07\n", [], ""),
     (b"model:\n  path: caf\xe9\n", [], "utf-8"), ("train: {}\n".encode("utf-16"), [], "utf-8"),
     (SMALLEST, ["rollout.group_size"], "section.key=value"), (SMALLEST, ["rollout.group_size:16"], "section.key=value"),
     (SMALLEST, ["group_size=16"], r"rollout\.group_size"), (SMALLEST, ["train.learningrate=1"], "train.learning_rate"),
-    (SMALLEST, ["rolout.group_size=1"], " rollout.group_size"), (SMALLEST, ["--train.steps=1"], " train.steps"),
     (SMALLEST, ["a\nb\x1b[31m\u202e\ud800 é=1"], r" a\\nb\\x1b\[31m\\u202e\\ud800 é"),  # one harmless line
     (SMALLEST, ["rollout.group.size=16"], ""), (SMALLEST, ["eval=3"], ""), (SMALLEST, ["=16"], ""),
     (SMALLEST, ["train.steps==5"], "train.steps is =5"), (SMALLEST, ["data.path=[3"], "YAML"),

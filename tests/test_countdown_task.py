@@ -267,7 +267,6 @@ def test_unreadable_files_are_refused_by_name(tmp_path):
 
 
 def test_filters(tmp_path):
-    assert ".parquet" in refusal(tmp_path)  # a folder without a file
     file = write(tmp_path / "a.parquet", [[1, 2], [1, 2, 3], [1, 2, 3, 4], [5, 6, 7]], [3, 6, 10, 18])
     for filters, targets in [
         ({}, [3, 6, 10, 18]), ({"fewest_numbers": 3}, [6, 10, 18]), ({"most_numbers": 3}, [3, 6, 18]),
@@ -344,4 +343,3 @@ def test_the_order_is_a_function_of_seed_and_epoch():
     assert len(set(orders)) == len(orders)  # (1, 12) is not (11, 2)
     assert random.getstate() == state  # nobody else's randomness is touched
     assert problem_order(10, 7, 2) == [1, 2, 0, 8, 4, 6, 3, 9, 7, 5]  # in every process and version
-    assert problem_order(0, 1, 1) == []
