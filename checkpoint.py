@@ -50,8 +50,9 @@ def save_checkpoint(
         return  # and so complete: a run stopped right after it was saved
     needed = 1.01 * sum(tensor.nbytes for tensor in (*policy.hf_tensors().values(), *optimizer.tensors().values()))
     with writing(run_folder):
-        for old in saved(run_folder)[:-1]:  # where the disk has no room for `keep` of them, the newest is enough
-            if shutil.disk_usage(run_folder).free < needed:
+        free, older = shutil.disk_usage(run_folder).free, saved(run_folder)[:-1]
+        if free < needed <= free + sum(path.stat().st_size for old in older for path in old.iterdir()):
+            for old in older:  # the disk has no room for `keep` of them: the newest is enough
                 remove_folder(old)
         free = shutil.disk_usage(run_folder).free
     if free < needed:

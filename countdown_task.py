@@ -42,16 +42,14 @@ ASSISTANT_PREFIX = "Let me solve this step by step.\n<think>"
 
 
 def question_text(problem: Problem) -> str:
-    """The user's message.
+    """The user's message: the same words for every model, tiny or large.
 
-    The problem is one substring and no other digit is in the text, so that a small tokenizer trained on it
-    can make few tokens of the rest. Every model, tiny or large, is asked in the same words.
+    The example shows the form in digits, since models copy letters; its numbers are too large for any problem.
     """
     return (
-        f"Use the numbers {list(problem.numbers)} to reach the target {problem.target}. Write one expression "
-        "with the operations + - * / and parentheses in which each number stands exactly once. "
-        "Think inside <think> </think>, then give the final expression inside <answer> </answer>, "
-        "such as <answer> (a + b) / c </answer> with numbers for the letters."
+        f"Using the numbers {list(problem.numbers)}, write an expression that equals {problem.target}. Use each number "
+        "exactly once. You may use + - * / and parentheses. Think inside <think> </think>, then give only the "
+        "expression inside <answer> </answer>, for example <answer>(210 + 330) / 180</answer>."
     )
 
 

@@ -43,6 +43,7 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
 def write_text(path: Path, text: str) -> None:
     """Write a file that is there whole, and on the disk, or as it was before."""
     partial = path.with_name(path.name + PARTIAL)
+    partial.unlink(missing_ok=True)  # it may be a link
     partial.write_text(text, encoding="utf-8")
     flush(partial)
     partial.replace(path)

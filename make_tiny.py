@@ -16,8 +16,8 @@ There are two lessons. In the first the traces are patient and try at random: he
 checking and not to repeat a try. (A trace that soon hits would teach it to write whatever number makes it hit.) In the
 second they are impatient, and choose better.
 
-    python make_tiny.py                              # writes tiny/ again; the same bits on the same machine
-    python make_tiny.py --examine runs/NAME/final    # how a model responds: arithmetic, honesty, length
+    python make_tiny.py                                   # writes tiny/ again; the same bits on the same machine
+    python make_tiny.py --examine tiny runs/NAME/final    # how models respond: arithmetic, honesty, length
 
 Held-out problems never enter a trace; tiny/sft_problems.parquet lists those that did.
 """
@@ -36,19 +36,31 @@ from pathlib import Path
 import pandas
 import torch
 import torch.nn.functional as F
-from tokenizers import Regex, Tokenizer as BytePairTokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from tokenizers import (
+    AddedToken,
+    Regex,
+    Tokenizer as BytePairTokenizer,
+    decoders,
+    models,
+    normalizers,
+    pre_tokenizers,
+    trainers,
+)
 
-from countdown_task import ASSISTANT_PREFIX, grade, question_text, split_problems
+from countdown_task import ASSISTANT_PREFIX, MAX_NUMBER, grade, question_text, split_problems
 from data_types import Problem, Sampling
 from files import write_json
 from model_folder import CONFIG, load_model, save_model
 from qwen2_model import Qwen2, Qwen2Config
 from rollout import Sampler
-from terminal import printable
 from tokenizer import Tokenizer
 
 HELD_OUT = 512
 SPECIAL_TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]  # as in Qwen2.5
+WORDS = (  # how Qwen2.5 splits a text into words
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+TRACE_PHRASES = [", ", " no\n", " yes\n", "</think>\n<answer>", "</answer>"]
 CHAT_TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
@@ -109,8 +121,8 @@ class Recipe:
     merges: int = 320
     threads: int = 1  # the order of sums, and so the last bits, may depend on it
     lessons: tuple[Lesson, ...] = (
-        Lesson(steps=3000, rows=32, orderly=0.5, guided=0.12, sensible=0.5, patience=()),
-        Lesson(steps=1000, rows=64, orderly=0.3, guided=0.15, sensible=0.45, patience=(0.55, 0.2)),
+        Lesson(steps=3000, rows=48, orderly=0.7, guided=0.12, sensible=0.5, patience=()),
+        Lesson(steps=1000, rows=64, orderly=0.5, guided=0.15, sensible=0.45, patience=(0.58, 0.2)),
     )
 
 
@@ -191,21 +203,19 @@ def best_second(left: list[Try], first: str, target: int) -> Try:
 
 
 def write_tokenizer(problems: list[Problem], recipe: Recipe, folder: Path) -> Tokenizer:
-    """Train and save a byte-level BPE as in Qwen2.5, one token per digit, but with merges that may cross words.
+    """Train and save a byte-level BPE with Qwen's own word splitting, and the fixed phrases as added tokens.
 
-    So the fixed wording of the prompt becomes a handful of tokens, and a prompt has about 20. (transformers reads it
-    with PreTrainedTokenizerFast; AutoTokenizer would replace it by Qwen's word splitting.)
+    So a prompt has 17 to 20 tokens, and AutoTokenizer, which rebuilds Qwen's splitting, gives the same ids.
     """
     rng = random.Random(recipe.seed)
     texts = []
     for problem in rng.choices(problems, k=4000):
-        texts += [f"user\n{question_text(problem)}", f"assistant\n{ASSISTANT_PREFIX}"]
-        texts.append(write_trace(problem, recipe.lessons[0], rng))
+        texts += [question_text(problem), write_trace(problem, recipe.lessons[0], rng)]
     bpe = BytePairTokenizer(models.BPE())
     bpe.normalizer = normalizers.NFC()
     bpe.pre_tokenizer = pre_tokenizers.Sequence(
         [
-            pre_tokenizers.Split(Regex(r"\p{N}"), behavior="isolated"),
+            pre_tokenizers.Split(Regex(WORDS), behavior="isolated"),
             pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
         ]
     )
@@ -215,6 +225,9 @@ def write_tokenizer(problems: list[Problem], recipe: Recipe, folder: Path) -> To
         texts,
         trainers.BpeTrainer(vocab_size=len(alphabet) + recipe.merges, initial_alphabet=alphabet, show_progress=False),
     )
+    around = question_text(Problem((MAX_NUMBER,), MAX_NUMBER)).split(str(MAX_NUMBER))  # before, between and after
+    phrases = ["user\n" + around[0], *around[1:], "assistant\n" + ASSISTANT_PREFIX, *TRACE_PHRASES]
+    bpe.add_tokens([AddedToken(phrase, normalized=False) for phrase in phrases])
     bpe.add_special_tokens(SPECIAL_TOKENS)
     bpe.save(str(folder / "tokenizer.json"))
     text_end, _, turn_end = (bpe.token_to_id(token) for token in SPECIAL_TOKENS)
@@ -331,8 +344,9 @@ def teach(model: Qwen2, tokenizer: Tokenizer, problems: list[Problem], recipe: R
 LINE = re.compile(r"(\d+)([-+*/])(\d+)=(\d+), (\d+)([-+*/])(\d+)=(\d+) (yes|no)")
 
 
-def examine(model: Qwen2, tokenizer: Tokenizer, problems: list[Problem], temperature: float) -> None:
-    """Print how the model responds: success, format, how many equations are right, how many claims are honest."""
+def examine(folder: Path, problems: list[Problem], temperature: float) -> dict[str, str]:
+    """How a model responds: success, format, length, how many equations are right, how many claims are true."""
+    model, tokenizer = load_model(folder, torch.device("cpu"), torch.float32), Tokenizer(folder)
     model.vocabulary = len(tokenizer)
     prompts = [tokenizer.encode_prompt(question_text(problem), ASSISTANT_PREFIX) for problem in problems]
     uniforms = torch.rand(len(problems), 320, generator=torch.Generator().manual_seed(0))
@@ -343,14 +357,16 @@ def examine(model: Qwen2, tokenizer: Tokenizer, problems: list[Problem], tempera
     equations = [right(*found[i : i + 4]) for found, _ in lines for i in (0, 4)]
     claims = [int(found[7]) == problem.target for found, problem in lines if found[8] == "yes"]
     denials = [int(found[7]) != problem.target for found, problem in lines if found[8] == "no"]
-    print(
-        f"temperature {temperature:g}: success {mean([r.correct for r in rewards]):.1%}, "
-        f"format {mean([r.format > 0 for r in rewards]):.1%}, {mean([len(r.ids) for r in responses]):.0f} tokens and "
-        f"{len(lines) / len(problems):.1f} tries per response, equations right {mean(equations):.2%}, "
-        f"`yes` true {mean(claims):.1%} of {len(claims)}, `no` true {mean(denials):.1%} of {len(denials)}"
-    )
-    for problem, text in list(zip(problems, texts, strict=True))[:2]:
-        print(f"--- {problem}\n<think>{printable(text)}")
+    return {
+        "model": str(folder),
+        "success": f"{mean([r.correct for r in rewards]):.1%}",
+        "well formed": f"{mean([r.format > 0 for r in rewards]):.1%}",
+        "tokens per response": f"{mean([len(r.ids) for r in responses]):.0f}",
+        "tries per response": f"{len(lines) / len(problems):.1f}",
+        "equations right": f"{mean(equations):.1%} of {len(equations)}",
+        "`yes` true": f"{mean(claims):.1%} of {len(claims)}",
+        "`no` true": f"{mean(denials):.1%} of {len(denials)}",
+    }
 
 
 def right(a: str, sign: str, b: str, result: str) -> bool:
@@ -372,16 +388,14 @@ def write_problems(problems: list[Problem], path: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description="Make the tiny model, or look at how a model responds.")
     parser.add_argument("--out", type=Path, default=Path("tiny"), help="the folder to write")
-    parser.add_argument("--examine", type=Path, metavar="FOLDER", help="only look at the model in this folder")
+    parser.add_argument("--examine", type=Path, nargs="+", metavar="FOLDER", help="only compare the models in these")
+    parser.add_argument("--temperature", type=float, default=1.0, help="of the responses that are examined")
     arguments = parser.parse_args()
     recipe = Recipe()
     torch.set_num_threads(recipe.threads)
     problems = generate_problems(count=3, low=1, high=15, target_low=10, target_high=100)
     training, held_out = split_problems(problems, HELD_OUT)
-    if arguments.examine:
-        model = load_model(arguments.examine, torch.device("cpu"), torch.float32)
-        tokenizer = Tokenizer(arguments.examine)
-    else:
+    if not arguments.examine:
         arguments.out.mkdir(parents=True, exist_ok=True)
         tokenizer = write_tokenizer(training, recipe, arguments.out)
         model = new_model(len(tokenizer), recipe.seed)
@@ -390,8 +404,11 @@ def main() -> None:
         save_model(model, small_files, arguments.out)
         write_problems(problems, arguments.out / "problems.parquet")
         write_problems(training, arguments.out / "sft_problems.parquet")
-    for temperature in (1.0, 0.0):
-        examine(model, tokenizer, held_out, temperature)
+    folders = arguments.examine or [arguments.out]
+    columns = [examine(folder, held_out, arguments.temperature) for folder in folders]
+    print(f"{HELD_OUT} held-out problems, one response each at temperature {arguments.temperature:g}")
+    for name in columns[0]:
+        print(f"{name:20s}", *(f"{column[name]:28s}" for column in columns))
 
 
 if __name__ == "__main__":

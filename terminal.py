@@ -27,9 +27,14 @@ def warn(text: str) -> None:
     complain(f"warning: {text}")
 
 
+def open_closed() -> None:
+    """At the program's start: a stream that was closed (`2>&-`) becomes one that takes everything."""
+    sys.stdout, sys.stderr = (stream or open(os.devnull, "w") for stream in (sys.stdout, sys.stderr))  # noqa: SIM115
+
+
 def drop_unwritten() -> None:
     """Before the program ends: else Python would try once more to write what could not be, and fail."""
-    for stream in filter(None, (sys.stdout, sys.stderr)):
+    for stream in (sys.stdout, sys.stderr):
         try:
             stream.flush()
         except OSError:

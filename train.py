@@ -27,7 +27,7 @@ from data_types import Episode, Problem, Progress, RolloutSettings, Sampling, Us
 from grpo import apply_gradient, assign_advantages, assign_token_weights
 from optimizer import learning_rate
 from run import Interrupted, Run, finite, open_run
-from terminal import complain, drop_unwritten, say
+from terminal import complain, drop_unwritten, open_closed, say
 
 
 def train(run: Run) -> None:
@@ -157,7 +157,11 @@ def main(argv: list[str] | None = None) -> int:
             folder = find_run(arguments.resume, arguments.overrides)
             config = load_config(folder / "config.yml", arguments.overrides)
         with locked(folder):
-            checkpoint, progress = (None, Progress()) if arguments.resume is None else prepare_resume(folder, config)
+            if arguments.resume is None:
+                new_run_folder(config, folder.name)  # once more: another run may have come and gone
+                checkpoint, progress = None, Progress()
+            else:
+                checkpoint, progress = prepare_resume(folder, config)
             with open_run(config, folder, checkpoint, progress) as run:
                 train(run)
     except Interrupted as stop:
@@ -173,6 +177,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    open_closed()
     status = main()
     drop_unwritten()
     sys.exit(status)

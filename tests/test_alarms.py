@@ -214,8 +214,8 @@ def no_graphs(patch) -> None:
 
 
 TROUBLES = {  # what happens, and what the warnings name
-    # of the rows of up to 65 tokens four fit in a rollout, in an update one, or two short ones
-    "small": (lambda patch: small_card(patch, rollout=270, update=70), "4 rows, 1024, 512, 256, 128, 65 tokens"),
+    # of the rows of up to 64 tokens four fit in a rollout, in an update one, or two short ones
+    "small": (lambda patch: small_card(patch, rollout=270, update=70), "4 rows, 1024, 512, 256, 128, 64 tokens"),
     "late": (amid_an_update, "1024 tokens"),
     "graphs": (no_graphs, "without CUDA graphs"),
 }

@@ -152,7 +152,7 @@ TABLE = [  # damage, arguments, words
     (keys(CONFIG_JSON, vocab_size=10**400), [], f"{CONFIG_JSON} vocab_size"),
     *[(damage(WEIGHTS), [], f"{WEIGHTS}: ") for damage in (folder_at, halved)], (lose(WEIGHTS), [], "model missing"),
     # the tokenizer; test_tokenizer.py has the rest
-    (keys(BPE, "model", vocab={"a": 5000}, merges=[]), [], "tokenizer 5001 496"),
+    (keys(BPE, "model", vocab={"a": 5000}, merges=[]), [], "tokenizer 5001 388"),
     *[(keys(SETTING, chat_template=value), [], "model chat template") for value in (..., "{% if x %}", "{{ 1 / 0 }}")],
     (keys(SETTING, chat_template="{{ messages[0].content * 200 }}"), [], "model rollout.max_new_tokens"),
     (folder_at(TEMPLATE), [], TEMPLATE), (keys(GENERATION, eos_token_id=496), [], f"{GENERATION} eos_token_id"),

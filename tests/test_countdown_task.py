@@ -26,12 +26,15 @@ PUZZLE = Problem((3, 7, 12), 33)
 X = "12 + 7 * 3"  # its solution
 
 
-def test_the_question_names_the_problem_and_no_other_number():
-    """Another digit would cost the tiny tokenizer a token, and an example with numbers gets copied."""
+def test_the_question_names_the_problem_and_shows_the_form_in_digits():
+    """With letters in its example, real models wrote `(7 + 14) / a`; numbers as in a problem would get copied."""
     text = question_text(PUZZLE)
-    assert re.fullmatch(r"\D*\[3, 7, 12\]\D{1,30}33\D*", text)
+    example = re.fullmatch(r"\D*\[3, 7, 12\]\D{1,40}33\D*(<answer>.*</answer>)\D*", text)[1]
+    numbers = tuple(map(int, re.findall(r"\d+", example)))
+    assert min(numbers) > 100
+    assert task.evaluate_expression(example.removeprefix("<answer>").removesuffix("</answer>"), numbers) is not None
     assert all(part in text for part in ("+ - * /", "exactly once", "<think> </think>", "<answer> </answer>"))
-    assert text.replace("[3, 7, 12]", "[15, 2]").replace("33", "100") == question_text(Problem((15, 2), 100))
+    assert text.replace("[3, 7, 12]", "[15, 2]").replace(" 33.", " 100.") == question_text(Problem((15, 2), 100))
     assert task.ASSISTANT_PREFIX.endswith("<think>")  # so what is sampled goes on inside the block
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from fuzz_grader import evaluate
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 import make_tiny
 from config import load_config
@@ -32,19 +32,33 @@ def tiny():
     return load_model(TINY, torch.device("cpu"), torch.float32), Tokenizer(TINY), training, held_out, prompts
 
 
-def test_transformers_opens_it_and_gives_the_same_logits_and_ids():
-    policy, _, _, held_out, prompts = tiny()
+def test_transformers_opens_it_and_answers_alike():
+    """AutoTokenizer puts Qwen's word splitting in place of what tokenizer.json says. With another splitting in there,
+    as there was, whoever opened a trained model the usual way got other ids and nonsense."""
+    policy, tokenizer, _, held_out, prompts = tiny()
     theirs = AutoModelForCausalLM.from_pretrained(TINY, dtype=torch.float32)
-    # not AutoTokenizer: for the model type qwen2 it puts Qwen's own word splitting in place of what tokenizer.json says
-    their_tokenizer = PreTrainedTokenizerFast.from_pretrained(TINY)
-    assert type(theirs).__name__ == "Qwen2ForCausalLM"
-    for problem, prompt in zip(held_out[:5], prompts, strict=False):
+    loaded = [AutoTokenizer.from_pretrained(TINY), PreTrainedTokenizerFast.from_pretrained(TINY)]
+    ours = Sampler(policy, tokenizer.end_ids).generate(prompts[:64], torch.rand(64, 48), Sampling(0.0))
+    same = 0
+    for problem, prompt, response in zip(held_out, prompts, ours, strict=False):
         chat = [{"role": "user", "content": question_text(problem)}]
-        text = their_tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True) + ASSISTANT_PREFIX
-        assert prompt == their_tokenizer(text)["input_ids"]
+        for their in loaded:
+            text = their.apply_chat_template(chat, tokenize=False, add_generation_prompt=True) + ASSISTANT_PREFIX
+            assert their(text)["input_ids"] == prompt
+            assert their.decode(response.ids) == tokenizer.decode(response.ids)
         tokens = torch.tensor([prompt])
         with torch.no_grad():
             torch.testing.assert_close(policy.logits(policy(tokens)[0]), theirs(tokens).logits[0], atol=1e-4, rtol=0)
+        found = theirs.generate(tokens, do_sample=False, max_new_tokens=48)[0, len(prompt) :].tolist()
+        same += found == response.ids
+    assert same >= 62, "but for two whose choice is a tie in the last bits"
+    rng = random.Random(1)
+    for lesson in make_tiny.Recipe().lessons:
+        for problem in rng.choices(held_out, k=100):
+            trace = make_tiny.write_trace(problem, lesson, rng) + "<|im_end|>"
+            ids = tokenizer.encode(trace)
+            assert [their(trace)["input_ids"] for their in loaded] == [ids, ids]
+            assert tokenizer.decode(ids) == trace
 
 
 def test_the_folder_is_small_prompts_are_short_and_digits_single():
@@ -53,7 +67,6 @@ def test_the_folder_is_small_prompts_are_short_and_digits_single():
     assert sum(file.stat().st_size for file in TINY.iterdir()) <= 8_000_000
     assert max(map(len, prompts)) <= 24
     assert len(tokenizer.encode("1234567890")) == 10
-    assert tokenizer.decode(tokenizer.encode("12*3=36, 36+7=43 no\n")) == "12*3=36, 36+7=43 no\n"
 
 
 def test_no_held_out_problem_was_ever_trained_on():
@@ -68,14 +81,14 @@ def test_no_held_out_problem_was_ever_trained_on():
 
 
 def test_able_but_poor():
-    """Format and arithmetic nearly always right, 15 to 45 % success: the rest is left to GRPO."""
+    """Format and arithmetic nearly always right, 15 to 40 % success: the rest is left to GRPO."""
     policy, tokenizer, _, held_out, prompts = tiny()
     uniforms = torch.rand(512, 256, generator=torch.Generator().manual_seed(5))
     responses = Sampler(policy, tokenizer.end_ids).generate(prompts, uniforms, Sampling())
     texts = [tokenizer.decode(response.ids[:-1]) for response in responses]
     rewards = [grade(text, r.truncated, p) for text, r, p in zip(texts, responses, held_out, strict=True)]
     assert sum(r.format > 0 for r in rewards) / 512 > 0.97
-    assert 0.15 <= sum(r.correct for r in rewards) / 512 <= 0.45
+    assert 0.15 <= sum(r.correct for r in rewards) / 512 <= 0.40
     equations = [equation for text in texts for equation in re.findall(r"(\d+[-+*/]\d+)=(\d+)", text)]
     right = sum(evaluate(left)[0] == int(result) for left, result in equations if not left.endswith("/0"))
     assert len(equations) > 1000
