@@ -42,6 +42,8 @@ class Alarms:
     def check(self, metrics: dict[str, Any], progress: Progress) -> None:
         """Warn of each trouble in these metrics that was not warned of before."""
         entropy, gap, success = metrics["entropy"], metrics["logprob_gap"], metrics["success"]
+        if metrics["zero_variance"] == metrics["groups"]:
+            entropy = self.first_entropy or math.nan  # of one row only
         if self.first_entropy is None and math.isfinite(entropy):
             self.first_entropy = entropy
         self.best_success = max(self.best_success, success)

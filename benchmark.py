@@ -193,7 +193,6 @@ class Workload:
             self.tokenizer = tokenizer = Tokenizer(folder)
             problems = load_problems(config.data)
             self.problems = split_problems(problems, config.data.held_out)[0][:questions]
-
             self.prompts = [tokenizer.encode_prompt(question_text(p), ASSISTANT_PREFIX) for p in self.problems]
             self.policy = load_model(folder, self.device, dtype)
             self.policy.vocabulary = len(tokenizer)

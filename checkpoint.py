@@ -20,7 +20,7 @@ import os
 import shutil
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
 
@@ -43,7 +43,7 @@ def save_checkpoint(
 ) -> None:
     """Save the run's state as of `progress`, then remove all but the newest `checkpoint.keep` checkpoints.
 
-    Raises UserError when there is no room or something cannot be written; no older checkpoint is lost.
+    Raises UserError when there is no room or something cannot be written; the newest of the older ones is never lost.
     """
     folder = run_folder / "checkpoints" / f"step-{progress.step:06d}"
     if folder.exists():
@@ -84,7 +84,7 @@ def saved(run_folder: Path, kind: str = "step") -> list[Path]:
 def read_progress(folder: Path) -> Progress:
     """The Progress of a checkpoint whose files are all as they were saved; else UserError names those that are not."""
     sums = read_json(folder / CHECKSUMS)
-    there = {path.name: checksum(path) for path in folder.iterdir() if path.name != CHECKSUMS}
+    there = {path.name: checksum(path) for path in folder.iterdir() if path.is_file() and path.name != CHECKSUMS}
     changed = sorted(name for name in sums.keys() | there.keys() if sums.get(name) != there.get(name))
     if changed:
         older = saved(folder.parent.parent)[-2:-1]
@@ -137,8 +137,9 @@ def locked(folder: Path) -> Iterator[None]:
         try:
             yield
         finally:
-            if os.listdir(folder) == [LOCK]:  # set-up failed before anything was written
-                shutil.rmtree(folder)
+            with suppress(OSError):
+                if os.listdir(folder) == [LOCK]:  # set-up failed before anything was written
+                    shutil.rmtree(folder)
 
 
 def find_run(name: str, overrides: list[str]) -> Path:

@@ -44,7 +44,7 @@ ASSISTANT_PREFIX = "Let me solve this step by step.\n<think>"
 def question_text(problem: Problem) -> str:
     """The user's message: the same words for every model, tiny or large.
 
-    The example shows the form in digits, since models copy letters; its numbers are too large for any problem.
+    The example shows the form in digits, since models copy letters; its numbers are larger than usual ones.
     """
     return (
         f"Using the numbers {list(problem.numbers)}, write an expression that equals {problem.target}. Use each number "

@@ -86,6 +86,7 @@ def atomic_folder(folder: Path) -> Iterator[Path]:
             for path in (*partial.iterdir(), partial):
                 flush(path)
             if folder.exists():
+                shutil.rmtree(replaced, ignore_errors=True)
                 folder.rename(replaced)
             partial.rename(folder)  # here a checkpoint becomes visible
             flush(folder.parent)

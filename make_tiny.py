@@ -205,7 +205,7 @@ def best_second(left: list[Try], first: str, target: int) -> Try:
 def write_tokenizer(problems: list[Problem], recipe: Recipe, folder: Path) -> Tokenizer:
     """Train and save a byte-level BPE with Qwen's own word splitting, and the fixed phrases as added tokens.
 
-    So a prompt has 17 to 20 tokens, and AutoTokenizer, which rebuilds Qwen's splitting, gives the same ids.
+    So a prompt has 15 to 19 tokens, and AutoTokenizer, which rebuilds Qwen's splitting, gives the same ids.
     """
     rng = random.Random(recipe.seed)
     texts = []

@@ -40,7 +40,7 @@ STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 class Interrupted(Exception):
-    """Raised to stop the run after SIGINT or SIGTERM."""
+    """Raised to stop the run after SIGINT, SIGTERM or SIGHUP."""
 
     def __init__(self, number: int) -> None:
         self.number = number

@@ -8,6 +8,8 @@ Left out: truncation, padding and batching (masks come from lengths, see rollout
 sandbox keeps a template away from all but its own variables; it does not keep one from being slow.
 """
 
+import json
+from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -108,8 +110,9 @@ def compile_template(folder: Path, settings: dict[str, Any]) -> jinja2.Template:
         raise jinja2.TemplateError(message)
 
     environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
+    environment.add_extension("jinja2.ext.loopcontrols")
     environment.globals["raise_exception"] = raise_exception
-    environment.policies["json.dumps_kwargs"] = {"sort_keys": False, "ensure_ascii": False}  # as in transformers
+    environment.filters["tojson"] = partial(json.dumps, ensure_ascii=False)  # jinja2's own would escape < and >
     try:
         return environment.from_string(source)
     except Exception as error:  # a TemplateError, or what Python says to a program that is nested too deep

@@ -38,6 +38,7 @@ def train(run: Run) -> None:
         progress.best = progress.before["eval_greedy"]
         run.logbook.write_step(0, progress.before, [])
     for step in run.steps():
+        progress.after = {}
         episodes: list[Episode] = []
         for draw in range(config.rollout.max_draws):
             drawn = rollout(run, next_problems(run, draw), step, draw)  # 1. G responses to each of Q questions

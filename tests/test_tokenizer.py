@@ -122,6 +122,7 @@ TEMPLATES = [
     "{% for m in messages %}\n  {% if m.role == 'user' %}\n  Q: {{ m.content }}\n  {% endif %}\n{% endfor %}\nA",
     "{{ bos_token }}A{{ eos_token }}\n{% if tools is not none %}tools!{% endif %}{{ tools is defined }}",
     "{{ messages | length }}{{ add_generation_prompt }}{{ {'a': [1]} | tojson }}{{ [true, 'é'.upper()] | join }}",
+    "{{ messages | tojson }}{% for m in messages %}{{ m.role }}{% break %}{% endfor %}",
     "{% set ns = namespace(n=0) %}{% for m in messages %}{% set ns.n = ns.n + 2 %}{% endfor %}{{ ns.n }}",
     # to look at what is out of reach, without using it, shows nothing
     "{{ ''.__class__ }}{{ ''['__class__'] }}{{ '' | attr('__class__') }}{{ '{0.__class__}'.format('') }}"
@@ -220,7 +221,7 @@ HOSTILE = {  # why it is refused: templates, with two spaces between them
     "  {{ messages | map('nothing') | list }}  {{ 'text of many words' | truncate(1) }}  {{ x | nothing }}  {% if x %}"
     "  {{ messages | tojson(indent=messages) }}  {% generation %}x{% endgeneration %}  {{ '\\ud800' }}  \ud800"
     "  {% include '/etc/passwd' %}  {% import 'os' as os %}  {{ 9 ** 99999 }}  {{ open('x').read() }}  {% for %}",
-    "unknown tag": "{% " + "x" * 9999 + " %}  {% for m in messages %}{% break %}{% endfor %}",
+    "unknown tag": "{% " + "x" * 9999 + " %}",
 }
 
 
