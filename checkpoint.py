@@ -178,6 +178,8 @@ def prepare_resume(run_folder: Path, config: Config) -> tuple[Path | None, Progr
     check_changes(load_config(run_folder / "config.yml"), config, progress.step)
     for left in (*run_folder.glob(f"*{PARTIAL}"), *run_folder.glob(f"checkpoints/*{PARTIAL}")):
         shutil.rmtree(left, ignore_errors=True)
+    for old in saved(run_folder)[: -config.checkpoint.keep]:  # a kill came before they were removed
+        remove_folder(old)
     say(f"resuming from {newest}" if newest else f"{run_folder} has no checkpoint yet: starting it anew")
     if not newest and (run_folder / LOGS[0]).stat().st_size:
         aside = run_folder / time.strftime("before-%Y-%m-%d_%H-%M-%S")
