@@ -42,9 +42,8 @@ class Alarms:
     def check(self, metrics: dict[str, Any], progress: Progress) -> None:
         """Warn of each trouble in these metrics that was not warned of before."""
         entropy, gap, success = metrics["entropy"], metrics["logprob_gap"], metrics["success"]
-        if metrics["zero_variance"] == metrics["groups"]:
-            entropy = self.first_entropy or math.nan  # of one row only
-        if self.first_entropy is None and math.isfinite(entropy):
+        of_a_batch = metrics["zero_variance"] < metrics["groups"]  # else the entropy is that of one row
+        if self.first_entropy is None and of_a_batch and math.isfinite(entropy):
             self.first_entropy = entropy
         self.best_success = max(self.best_success, success)
         self.steps_without_success = 0 if success > 0 else self.steps_without_success + 1
@@ -55,7 +54,7 @@ class Alarms:
             "worse": fallen > max(0.1, 4 * metrics.get("eval_greedy_se", 0.0)),
             "zero variance": metrics["zero_variance"] > metrics["groups"] / 2 and not collapsed,
             "no success": self.steps_without_success >= PATIENCE and not collapsed,
-            "entropy": entropy < 0.1 * (self.first_entropy or 0.0),
+            "entropy": of_a_batch and entropy < 0.1 * (self.first_entropy or 0.0),
             "truncated": metrics["truncated"] > 0.5,
             "gap": not gap <= self.bound,
         }

@@ -27,7 +27,7 @@ from pathlib import Path
 from config import load_config
 from data_types import Config, Progress, UserError
 from files import PARTIAL, atomic_folder, checksum, listed, read_json, remove_folder, write_json, writing
-from logbook import LOGS
+from logbook import LOGS, open_log
 from memory import GIB
 from model_folder import read_header, read_tensor, save_model, save_tensors
 from optimizer import AdamW, learning_rate
@@ -52,8 +52,7 @@ def save_checkpoint(
     with writing(run_folder):
         free, older = shutil.disk_usage(run_folder).free, saved(run_folder)[:-1]
         if free < needed <= free + sum(path.stat().st_size for old in older for path in old.iterdir()):
-            for old in older:  # the disk has no room for `keep` of them: the newest is enough
-                remove_folder(old)
+            remove_older(run_folder, keep=1)  # no room for more of them: the newest is enough
         free = shutil.disk_usage(run_folder).free
     if free < needed:
         raise UserError(f"{folder}: needs {needed / GIB:.2f} GiB, and the disk has {free / GIB:.2f} left: free some")
@@ -62,8 +61,7 @@ def save_checkpoint(
         save_tensors(optimizer.tensors(), partial, "optimizer")
         write_json(partial / "state.json", {"version": VERSION, "progress": asdict(progress)})
         write_json(partial / CHECKSUMS, {path.name: checksum(path) for path in sorted(partial.iterdir())})
-    for old in saved(run_folder)[: -config.checkpoint.keep]:
-        remove_folder(old)
+    remove_older(run_folder, config.checkpoint.keep)
 
 
 def save_best(run_folder: Path, policy: Qwen2, small_files: dict[str, bytes], step: int) -> None:
@@ -79,6 +77,12 @@ def save_best(run_folder: Path, policy: Qwen2, small_files: dict[str, bytes], st
 def saved(run_folder: Path, kind: str = "step") -> list[Path]:
     """The complete checkpoints of a run, oldest first."""
     return sorted((run_folder / "checkpoints").glob(f"{kind}-" + "[0-9]" * 6))
+
+
+def remove_older(run_folder: Path, keep: int) -> None:
+    """Remove all but the newest `keep` checkpoints."""
+    for old in saved(run_folder)[:-keep]:
+        remove_folder(old)
 
 
 def read_progress(folder: Path) -> Progress:
@@ -126,7 +130,7 @@ def new_run_folder(config: Config, name: str | None) -> Path:
 def locked(folder: Path) -> Iterator[None]:
     """Keep other processes out of a run's folder; UserError if one is in it. A folder left empty is removed."""
     with writing(folder):
-        lock = (folder / LOCK).open("a")
+        lock = open_log(folder / LOCK)
     with lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -178,8 +182,7 @@ def prepare_resume(run_folder: Path, config: Config) -> tuple[Path | None, Progr
     check_changes(load_config(run_folder / "config.yml"), config, progress.step)
     for left in (*run_folder.glob(f"*{PARTIAL}"), *run_folder.glob(f"checkpoints/*{PARTIAL}")):
         shutil.rmtree(left, ignore_errors=True)
-    for old in saved(run_folder)[: -config.checkpoint.keep]:  # a kill came before they were removed
-        remove_folder(old)
+    remove_older(run_folder, config.checkpoint.keep)  # a kill may have come before
     say(f"resuming from {newest}" if newest else f"{run_folder} has no checkpoint yet: starting it anew")
     if not newest and (run_folder / LOGS[0]).stat().st_size:
         aside = run_folder / time.strftime("before-%Y-%m-%d_%H-%M-%S")

@@ -10,6 +10,8 @@ and its checks and error messages all follow from that line, so adding a setting
 from dataclasses import MISSING as REQUIRED, dataclass, field
 from typing import Any
 
+from terminal import printable
+
 
 class UserError(ValueError):
     """An error that the user can fix: one line that names the file, key or value and what to do.
@@ -18,7 +20,7 @@ class UserError(ValueError):
     """
 
     def __init__(self, message: str) -> None:
-        super().__init__("".join(c if c.isprintable() else ascii(c)[1:-1] for c in message))
+        super().__init__(printable(message).replace("\n", r"\n"))
 
 
 @dataclass(frozen=True)

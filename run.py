@@ -56,12 +56,14 @@ class Run:
         torch.set_num_threads(config.train.threads or min(os.cpu_count() or 1, 8))
         source = checkpoint or find_folder(config.model)
         model = replace(config.model, revision=commit(source, config.model.revision))
-        data = replace(config.data, revision=commit(find_problems(config.data), config.data.revision))
+        problems = find_problems(config.data)
+        data = replace(config.data, revision=commit(problems, config.data.revision))
         self.config = config = replace(config, model=model, data=data)  # what was fetched belongs to the run
         shape, self.tokenizer = read_model_config(source), Tokenizer(source)
         if len(self.tokenizer) > shape.vocab_size:
             raise UserError(f"{source}: {len(self.tokenizer)} ids in the tokenizer, {shape.vocab_size} in config.json")
-        self.training, self.held_out = split_problems(load_problems(config.data), config.data.held_out)
+        found = replace(config.data, path=str(problems))  # so that the hub is asked once
+        self.training, self.held_out = split_problems(load_problems(found), config.data.held_out)
         digest = hashlib.sha256(repr((self.training, self.held_out)).encode()).hexdigest()
         if checkpoint and digest != progress.problems:
             raise UserError(f"{config.data.path}: not the problems this run began with: put them back or start anew")
@@ -116,7 +118,7 @@ class Run:
         self.seconds[phase] += time.perf_counter() - began
 
     def generate(self, prompts: list[list[int]], uniforms: Tensor, sampling: Sampling) -> list[Response]:
-        """Sampler.generate, in waves where the GPU runs out of memory."""
+        """Sampler.generate, in waves where memory runs out."""
         self.stop_if_asked()  # before and after: all that follows may take minutes
         attempt = partial(self.sampler.generate, prompts, uniforms, sampling)
         responses = self.fit("rows at a time", len(uniforms) // len(prompts), len(uniforms), attempt)
@@ -124,7 +126,7 @@ class Run:
         return responses
 
     def accumulate_gradient(self, episodes: list[Episode], sampling: Sampling) -> dict[str, float]:
-        """grpo.accumulate_gradient, in smaller micro-batches where the GPU runs out of memory.
+        """grpo.accumulate_gradient, in smaller micro-batches where memory runs out.
 
         A gradient that comes from numbers that are not finite is dropped, so no optimizer step follows.
         """
@@ -137,7 +139,7 @@ class Run:
         return stats
 
     def fit(self, what: str, least: int, most: int, attempt: Callable[[int], T]) -> T:
-        """The result of `attempt(limit)`, made again with half the limit whenever the GPU runs out of memory.
+        """The result of `attempt(limit)`, made again with half the limit whenever memory runs out.
 
         All randomness comes with the arguments, so another attempt does the same work, up to the rounding of another
         batch shape.
@@ -151,9 +153,7 @@ class Run:
                     raise
             torch.cuda.empty_cache()  # only here does nothing refer to the failed attempt's tensors any more
             if limit <= least:
-                cures = (
-                    "lower rollout.max_new_tokens, set train.activation_checkpointing=true or train.optimizer=offload"
-                )
+                cures = "lower rollout.max_new_tokens, set train.activation_checkpointing=true, train.optimizer=offload"
                 raise UserError(f"out of memory even with {limit} {what}: {cures}, or free some")
             self.limits[what] = max(least, limit // 2)
             warn(f"out of memory; from now on at most {self.limits[what]} {what}")
@@ -209,9 +209,8 @@ def open_run(config: Config, folder: Path, checkpoint: Path | None, progress: Pr
     """A Run that saves a checkpoint when a signal or an error ends it, and the trained model at its own end."""
     with memory_in_one_line():
         run = Run(config, folder, checkpoint, progress)
-    nohup = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
-    numbers = STOP_SIGNALS[:2] if nohup else STOP_SIGNALS
-    handlers = {number: signal.signal(number, run.note_signal) for number in numbers}
+    nohup = {signal.SIGHUP} if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN else set()
+    handlers = {number: signal.signal(number, run.note_signal) for number in STOP_SIGNALS if number not in nohup}
     try:
         with memory_in_one_line():
             yield run
@@ -228,7 +227,7 @@ def open_run(config: Config, folder: Path, checkpoint: Path | None, progress: Pr
 
 @contextmanager
 def memory_in_one_line() -> Iterator[None]:
-    """Memory that runs out where nothing can be made smaller: a UserError, however the GPU reports it."""
+    """Memory that runs out where nothing can be made smaller: a UserError, however it is reported."""
     try:
         yield
     except RuntimeError as error:
