@@ -43,16 +43,17 @@ from torch.nn.utils.rnn import pad_sequence
 import grpo
 import rollout
 from config import load_config
-from countdown_task import ASSISTANT_PREFIX, grade, load_problems, question_text, split_problems
-from data_types import Config, Episode, Problem, Reward, Sampling, TrainSettings, UserError
+from data_types import Config, Episode, Sampling, TrainSettings, UserError
 from files import read_json, write_text, writing
 from grpo import accumulate_gradient, apply_gradient, assign_advantages, assign_token_weights
+from hub import find_data
 from memory import GIB, advice, out_of_memory, plan_memory
 from model_folder import find_folder, load_model, read_model_config
 from optimizer import AdamW
 from qwen2_model import Qwen2, Qwen2Config, wide_matmul
 from rollout import Decoder, GraphedSteps, KVCache, Response, Sampler, round_up, warp
 from run import find_device
+from task import grade, load_task, split_problems
 from tokenizer import Tokenizer
 
 Figures = dict[str, Any]  # as they go to the JSON
@@ -69,7 +70,7 @@ SHAPES = {
     "72B": (8192, 29568, 80, 64, 8, False, 152064),
 }
 TOKENIZER_IDS = 151_665  # that Qwen2.5's tokenizer knows
-PROMPT_TOKENS = 160  # of a Countdown prompt in Qwen2.5's chat template, rounded up
+PROMPT_TOKENS = 160  # of a prompt with --shape, which knows no task: Countdown's in Qwen2.5's chat template, rounded up
 # FLOP/s of dense bf16 matmuls, of the SXM card where there are several of the name
 DATA_SHEETS = {"A40": 149.7e12, "A100": 312e12, "H100": 989e12, "H200": 989e12}
 USABLE = 0.92 * GIB  # of each nominal GB of a card, what is free: an A40 of "48 GB" has 45 GiB, CUDA takes some
@@ -181,8 +182,9 @@ class Workload:
         questions, limit = config.rollout.questions_per_step, config.rollout.max_new_tokens
         self.uniforms = torch.rand(questions * config.rollout.group_size, limit, generator=generator)
         self.tokenizer: Tokenizer | None = None
+        self.task = task = load_task(config.data.task)
         if size:
-            self.problems = [Problem((1, 1), 2)] * questions
+            self.problems: list[Any] = [None] * questions
             self.prompts = [[i % 100] * (140 + i % 8) for i in range(questions)]
             self.policy = random_model(shape_config(size), self.device, dtype)
             normal = torch.randn(len(self.uniforms), 1, generator=generator)
@@ -191,9 +193,11 @@ class Workload:
         else:
             folder = find_folder(config.model)
             self.tokenizer = tokenizer = Tokenizer(folder)
-            problems = load_problems(config.data)
-            self.problems = split_problems(problems, config.data.held_out)[0][:questions]
-            self.prompts = [tokenizer.encode_prompt(question_text(p), ASSISTANT_PREFIX) for p in self.problems]
+            path = str(find_data(config.data)) if config.data.path else ""
+            problems = list(task.load_problems(replace(config.data, path=path)))
+            self.problems = split_problems(task, problems, config.data.held_out)[0][:questions]
+            texts = [task.question_text(problem) for problem in self.problems]
+            self.prompts = [tokenizer.encode_prompt(text, task.ASSISTANT_PREFIX) for text in texts]
             self.policy = load_model(folder, self.device, dtype)
             self.policy.vocabulary = len(tokenizer)
         self.policy.checkpoint_layers = config.train.activation_checkpointing
@@ -214,12 +218,12 @@ class Workload:
         episodes = []
         for row, response in enumerate(responses):
             truncated, group = response.truncated, row // self.config.rollout.group_size
-            text, reward = "", Reward(0.1, float(row % 2 and group % 4 != 3))
-            if self.tokenizer:
-                text = self.tokenizer.decode(response.text_ids)
-                reward = grade(text, truncated, self.problems[group])
             problem, prompt = self.problems[group], self.prompts[group]
-            episodes.append(Episode(problem, prompt, response.ids, response.logprobs, truncated, text, reward))
+            text = self.tokenizer.decode(response.text_ids) if self.tokenizer else ""
+            episode = Episode(problem, prompt, response.ids, response.logprobs, truncated, text)
+            right = {"format": 0.1, "correct": float(row % 2 and group % 4 != 3)}
+            episode.rewards = grade(self.task, episode) if self.tokenizer else right
+            episodes.append(episode)
         assign_advantages(episodes, self.config)
         assign_token_weights(episodes, self.config)
         return episodes

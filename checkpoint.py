@@ -24,6 +24,8 @@ from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
 
+from torch import Tensor
+
 from config import load_config
 from data_types import Config, Progress, UserError
 from files import PARTIAL, atomic_folder, checksum, listed, read_json, remove_folder, write_json, writing
@@ -48,7 +50,7 @@ def save_checkpoint(
     folder = run_folder / "checkpoints" / f"step-{progress.step:06d}"
     if folder.exists():
         return  # and so complete: a run stopped right after it was saved
-    needed = 1.01 * sum(tensor.nbytes for tensor in (*policy.hf_tensors().values(), *optimizer.tensors().values()))
+    needed = 1.01 * (size(policy.hf_tensors()) + size(optimizer.tensors()))
     with writing(run_folder):
         free, older = shutil.disk_usage(run_folder).free, saved(run_folder)[:-1]
         if free < needed <= free + sum(path.stat().st_size for old in older for path in old.iterdir()):
@@ -62,6 +64,16 @@ def save_checkpoint(
         write_json(partial / "state.json", {"version": VERSION, "progress": asdict(progress)})
         write_json(partial / CHECKSUMS, {path.name: checksum(path) for path in sorted(partial.iterdir())})
     remove_older(run_folder, config.checkpoint.keep)
+
+
+def size(tensors: dict[str, Tensor]) -> int:
+    """Bytes."""
+    return sum(tensor.nbytes for tensor in tensors.values())
+
+
+def disk_space(policy: Qwen2, optimizer: AdamW) -> int:
+    """Bytes that a run needs on its disk: two checkpoints, the best weights and the final ones."""
+    return 4 * size(policy.hf_tensors()) + 2 * size(optimizer.tensors())
 
 
 def save_best(run_folder: Path, policy: Qwen2, small_files: dict[str, bytes], step: int) -> None:
@@ -196,6 +208,7 @@ def prepare_resume(run_folder: Path, config: Config) -> tuple[Path | None, Progr
 def check_changes(old: Config, new: Config, step: int) -> None:
     """Say which settings differ from those the run had; UserError for one that would make it another run."""
     was, now = ({f"{s}.{k}": v for s, keys in asdict(config).items() for k, v in keys.items()} for config in (old, new))
+    was = {name: was.get(name) for name in now}  # another task has other settings
     changed = [name for name in now if now[name] != was[name]]
     for name in changed:
         if name.startswith(FIXED):

@@ -5,9 +5,10 @@ Finding an expression takes search, arithmetic and checking; judging one takes t
 is all the reward this trainer needs: no reward model, no judge, no labelled steps.
 
     question_text, ASSISTANT_PREFIX     how a problem is put to the model
-    grade                               a response's Reward: format 0.1, correctness 1.0
-    load_problems                       problems from parquet files and hub data
-    split_problems, problem_order       what is held out, and in which order the rest is trained on
+    grade                               what a response earns: format 0.1, correctness 1.0
+    load_problems, Settings             problems from parquet files, and which of them to keep
+    problem_key                         which problems are copies of each other
+    problem_kind, examine               what evaluate.py reports
 
 What the model writes is hostile input: millions of samples pushed towards whatever `grade` says yes to. So nothing is
 ever run: Python's parser turns an expression into a syntax tree, after its alphabet, its length and its numbers have
@@ -18,12 +19,10 @@ rule that some numbers may stay unused (the public data set does not have it).
 """
 
 import ast
-import hashlib
 import operator
-import os
-import random
 import re
 import string
+from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -31,14 +30,22 @@ from typing import Any
 import numpy
 import pandas
 
-from data_types import DataSettings, Problem, Reward, UserError
-from hub import HUB_ID, download, one_line
-from terminal import say
+from data_types import DataSettings, UserError, setting
+from hub import one_line
+from terminal import warn
 
 # ---- The question ----------------------------------------------------------------------------------------------------
 
 # Opens the assistant's turn and is part of the prompt: what the model samples goes on right after `<think>`.
 ASSISTANT_PREFIX = "Let me solve this step by step.\n<think>"
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Reach `target` with + - * / and parentheses, using each of `numbers` exactly once."""
+
+    numbers: tuple[int, ...]
+    target: int
 
 
 def question_text(problem: Problem) -> str:
@@ -55,6 +62,7 @@ def question_text(problem: Problem) -> str:
 
 # ---- The reward ------------------------------------------------------------------------------------------------------
 
+SCORE = "correct"
 TAG = re.compile(r"</?(?:think|answer)>")
 TAGS_IN_ORDER = ["<think>", "</think>", "<answer>", "</answer>"]
 WHITE_SPACE = re.compile(r"\s+", re.ASCII)
@@ -70,23 +78,23 @@ SIGNS: dict[type, Any] = {ast.UAdd: operator.pos, ast.USub: operator.neg}
 MAX_EXPRESSION_LENGTH = 500  # characters; six numbers need some 50
 
 
-def grade(response: str, truncated: bool, problem: Problem) -> Reward:
+def grade(response: str, truncated: bool, problem: Problem) -> dict[str, float]:
     """Grade what was sampled after `ASSISTANT_PREFIX` (the whole answer is "<think>" + response).
 
     `truncated` says whether the length limit cut it: then it earns no format reward, but a right answer still counts.
     The end token is not part of `response`. Never raises, whatever the text, and takes time linear in its length.
 
     >>> grade("3 + 4 = 7, no. 12 + 21 = 33</think> <answer>12 + 7 * 3</answer>", False, Problem((3, 7, 12), 33))
-    Reward(format=0.1, correct=1.0)
+    {'format': 0.1, 'correct': 1.0}
     """
     text = "<think>" + response
     # Each tag once and in this order, or the response earns nothing: a second answer, a tag inside another's block or
     # an answer given while still thinking are ways to hedge, and hedging must not pay.
     if TAG.findall(text) != TAGS_IN_ORDER:
-        return Reward(format=0.0, correct=0.0)
+        return {"format": 0.0, "correct": 0.0}
     _, _thoughts, between, answer, after = TAG.split(text)
     well_formed = not truncated and not WHITE_SPACE.sub("", between) and not after
-    return Reward(format=0.1 if well_formed else 0.0, correct=1.0 if _is_solution(answer, problem) else 0.0)
+    return {"format": 0.1 * well_formed, "correct": 1.0 * _is_solution(answer, problem)}
 
 
 def _is_solution(answer: str, problem: Problem) -> bool:
@@ -129,24 +137,26 @@ def _value(node: ast.expr) -> Fraction:
 MAX_NUMBER = 1_000_000  # of a problem's numbers and its target; more is a mistake in the data, not a puzzle
 
 
-def find_problems(data: DataSettings) -> Path:
-    """The file or folder `data.path`, or for a hub id ("owner/name") the hub's copy, fetched if need be."""
-    path = Path(data.path)
-    if os.path.isfile(path) or os.path.isdir(path):
-        return path
-    if not HUB_ID.fullmatch(data.path) or path.suffix == ".parquet":
-        raise UserError(f"{data.path}: no such file or folder, nor a hub data set (owner/name): set data.path")
-    return download("data", data.path, data.revision, ["*.parquet"])
+@dataclass(frozen=True, kw_only=True)
+class Settings(DataSettings):
+    """The task, where its problems are, and which of them to keep."""
+
+    fewest_numbers: int = setting(2, "problems with at least this many numbers", at_least=2, at_most=6)
+    most_numbers: int = setting(6, "problems with at most this many numbers", at_least=2, at_most=6)
+    target_low: int = setting(1, "problems with a target of at least this", at_least=1)
+    target_high: int = setting(1_000_000, "problems with a target of at most this", at_least=1)
 
 
-def load_problems(data: DataSettings) -> list[Problem]:
-    """The problems of a parquet file, of all parquet files in a folder, or of a hub data set ("owner/name").
+def load_problems(data: Settings) -> list[Problem]:
+    """The problems of a parquet file, or of all parquet files in a folder.
 
     The files hold the columns `nums` (lists of 2 to 6 positive integers) and `target` (positive integers). Rows that
     break this are dropped, counted and the first is shown. What passes the filters in `data` is kept. Raises UserError
     when a file cannot be read or no row is left.
     """
-    path = find_problems(data)
+    if not data.path:
+        raise UserError("data.path is missing: a file, folder or hub id of a data set with the columns nums and target")
+    path = Path(data.path)
     files = [path] if path.is_file() else sorted(file for file in path.rglob("*.parquet") if file.is_file())
     if not files:
         raise UserError(f"{path}: holds no .parquet file: give data.path a file, a folder or a data set that has one")
@@ -173,7 +183,7 @@ def _read_parquet(file: Path) -> list[Problem]:
         raise UserError(f"{file}: holds no problem: {rule}; found {bad}")
     if len(problems) < len(rows):
         # as a UserError, which is one line whatever the rows hold
-        say(str(UserError(f"{file}: dropped {len(rows) - len(problems)} of {len(rows)} rows, such as {bad}")))
+        warn(str(UserError(f"{file}: dropped {len(rows) - len(problems)} of {len(rows)} rows, such as {bad}")))
     return problems
 
 
@@ -190,35 +200,37 @@ def _problem_from_row(row: tuple[object, object]) -> Problem | None:
     return Problem(tuple(values[:-1]), values[-1])
 
 
-# ---- The split and the order -----------------------------------------------------------------------------------------
-
-
-def split_problems(problems: list[Problem], held_out: int) -> tuple[list[Problem], list[Problem]]:
-    """Split into (train, held out): `held_out` different problems of which training has no copy.
-
-    Rows with the same target and the same numbers in any order are one problem, named by its key. Keys are
-    held out in the order of their hashes, whatever the order of the rows, so that a filter, too, moves as few
-    problems as it can from one side to the other.
-    """
-    by_key: dict[str, Problem] = {}
-    for problem in problems:
-        twin = by_key.setdefault(_key(problem), problem)
-        if problem.numbers < twin.numbers:
-            by_key[_key(problem)] = problem
-    if len(by_key) <= held_out:
-        cures = "lower data.held_out, widen the data's filters or use more data"
-        raise UserError(f"{len(by_key)} different problems are too few to hold out {held_out} of them: {cures}")
-    chosen = sorted(by_key, key=lambda key: hashlib.sha256(key.encode()).digest())[:held_out]
-    taken = set(chosen)
-    return [p for p in problems if _key(p) not in taken], [by_key[key] for key in chosen]
-
-
-def _key(problem: Problem) -> str:
+def problem_key(problem: Problem) -> str:
+    """The same for the same target and the same numbers in any order."""
     return f"{sorted(problem.numbers)} {problem.target}"
 
 
-def problem_order(count: int, seed: int, epoch: int) -> list[int]:
-    """A permutation of range(count): the order in which an epoch visits the problems."""
-    order = list(range(count))
-    random.Random(f"{seed}/{epoch}").shuffle(order)  # seeded by a text: (1, 23) and (12, 3) stay apart
-    return order
+# ---- For evaluate.py -------------------------------------------------------------------------------------------------
+
+
+def problem_kind(problem: Problem) -> str:
+    return f"{len(problem.numbers)} numbers"
+
+
+TRY = re.compile(r"N([-+*/])N=N, N([-+*/])N=N (yes|no)".replace("N", r"(\d{1,9})"), re.ASCII)
+
+
+def examine(texts: list[str], problems: list[Problem]) -> dict[str, float]:
+    """How tiny/ and what is trained from it thinks, from lines such as `12*3=36, 36+7=43 no` (make_tiny.py).
+
+    The tries per response, and the shares of right equations and of true claims (`yes` where the target is reached).
+    """
+    tries = [(found, problem) for text, problem in zip(texts, problems, strict=True) for found in TRY.findall(text)]
+    right = [_is_right(*found[i : i + 4]) for found, _ in tries for i in (0, 4)]
+    claims = {word: [int(f[7]) == p.target for f, p in tries if f[8] == word] for word in ("yes", "no")}
+    return {
+        "tries per response": len(tries) / len(texts),
+        "equations right": sum(right) / max(1, len(right)),
+        "`yes` true": sum(claims["yes"]) / max(1, len(claims["yes"])),
+        "`no` true": 1 - sum(claims["no"]) / max(1, len(claims["no"])),
+    }
+
+
+def _is_right(a: str, sign: str, b: str, result: str) -> bool:
+    x, y, z = int(a), int(b), int(result)
+    return z * y == x and y != 0 if sign == "/" else z == {"+": x + y, "-": x - y, "*": x * y}[sign]

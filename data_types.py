@@ -1,4 +1,4 @@
-"""The plain data that the modules hand to each other: problems, episodes, and the settings of a run.
+"""The plain data that the modules hand to each other: episodes, a run's progress, and its settings.
 
 A setting is one line: its type, its default, what it means and the values it may take. config.py reads a file of them,
 and its checks and error messages all follow from that line, so adding a setting is adding a line:
@@ -23,39 +23,24 @@ class UserError(ValueError):
         super().__init__(printable(message).replace("\n", r"\n"))
 
 
-@dataclass(frozen=True)
-class Problem:
-    """A Countdown problem: reach `target` with + - * / and parentheses, using each of `numbers` exactly once."""
-
-    numbers: tuple[int, ...]
-    target: int
-
-
-@dataclass(frozen=True)
-class Reward:
-    """What one response earns."""
-
-    format: float  # 0.0 or 0.1
-    correct: float  # 0.0 or 1.0
-
-    @property
-    def total(self) -> float:
-        return self.format + self.correct
-
-
 @dataclass
 class Episode:
     """One response on its way through a training step; the ids are those sampled, never tokenized again."""
 
-    problem: Problem
+    problem: Any  # as the task made it
     prompt_ids: list[int]
     response_ids: list[int]  # the end token included
     old_logprobs: list[float]  # of each response token, under the sampler
     truncated: bool  # by the length limit, before any end token
     text: str  # the response, without the end token
-    reward: Reward = Reward(0.0, 0.0)
+    rewards: dict[str, float] = field(default_factory=dict)  # by the task, such as {"format": 0.1, "correct": 1.0}
     advantage: float = 0.0
     token_weight: float = 0.0  # of each response token in the batch's loss
+
+    @property
+    def reward(self) -> float:
+        """What the response earned in all."""
+        return sum(self.rewards.values())
 
     @property
     def length(self) -> int:
@@ -77,11 +62,12 @@ class Progress:
     optimizer_steps: int = 0  # fewer than steps where one was skipped, more with several updates per batch
     skipped_in_a_row: int = 0
     problems: str = ""  # SHA-256 of the problems, so that a resumed run notices others
-    best: float = 0.0  # held-out success, of all evaluations
+    seconds: float = 0.0  # since the start of the run, pauses left out
+    best: float = 0.0  # held-out score, greedy, of all evaluations
     best_step: int = 0
     before: dict[str, float] = field(default_factory=dict)  # the evaluation before training, and after it
     after: dict[str, float] = field(default_factory=dict)
-    files: dict[str, int] = field(default_factory=dict)  # bytes of metrics.jsonl and samples.txt that belong to it
+    files: dict[str, int] = field(default_factory=dict)  # bytes of metrics.jsonl and samples.jsonl that belong to it
 
 
 # ---- The settings ----------------------------------------------------------------------------------------------
@@ -164,27 +150,24 @@ class ModelSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class DataSettings:
-    """The problems to train on: where they are, and which of them to keep."""
+    """The task and its problems; a task may extend this with settings of its own (task.py)."""
 
-    path: str = setting(REQUIRED, "a file, folder or hub id of a data set with the columns nums and target")
+    task: str = setting("countdown", "NAME: what NAME_task.py trains on", choices=("[a-z][a-z0-9_]*",))
+    path: str = setting("", "a file, folder or hub id of a data set; empty where the task makes its problems")
     revision: str = setting("main", "branch, tag or commit on the hub")
     held_out: int = setting(512, "problems kept out of training, for evaluation", at_least=1)
-    fewest_numbers: int = setting(2, "with at least this many numbers", at_least=2, at_most=6)
-    most_numbers: int = setting(6, "with at most this many numbers", at_least=2, at_most=6)
-    target_low: int = setting(1, "with a target of at least this", at_least=1)
-    target_high: int = setting(1_000_000, "with a target of at most this", at_least=1)
 
 
 @dataclass(frozen=True, kw_only=True)
 class EvalSettings:
-    """Measuring success on held-out problems."""
+    """Measuring the score on held-out problems."""
 
     every: int = setting(10, "steps between evaluations; 0: only before and after training", at_least=0)
 
 
 @dataclass(frozen=True, kw_only=True)
 class CheckpointSettings:
-    """Saving the state of the run, to resume it. The best weights by held-out success are kept as well."""
+    """Saving the state of the run, to resume it. The best weights by held-out score are kept as well."""
 
     every: int = setting(0, "steps between checkpoints; 0: only when the run is stopped", at_least=0)
     keep: int = setting(2, "the newest checkpoints are kept, this many", at_least=1)
@@ -195,7 +178,7 @@ class OutputSettings:
     """What the run leaves behind."""
 
     folder: str = setting("runs", "the run's own folder is made in this one")
-    samples: int = setting(2, "responses written out per step", at_least=0)
+    samples: int = setting(2, "responses written out per step, to samples.jsonl", at_least=0)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -45,12 +45,12 @@ def assign_advantages(episodes: list[Episode], config: Config) -> int:
     The episodes of a group are adjacent, `rollout.group_size` of them. In float64, with the population's standard
     deviation. Rewards [1.1, 0.1, 0.1, 0.0] give advantages [1.72, -0.50, -0.50, -0.72].
     """
-    scores = [episode.reward.total + length_penalty(episode, config) for episode in episodes]
+    scores = [episode.reward + length_penalty(episode, config) for episode in episodes]
     rewards = torch.tensor(scores, dtype=torch.float64).view(-1, config.rollout.group_size)  # (Q, G)
     mean = rewards.mean(dim=1, keepdim=True)  # (Q, 1)
     std = rewards.std(dim=1, keepdim=True, correction=0)  # (Q, 1)
     advantage = (rewards - mean) / std if config.train.divide_by_std else rewards - mean  # (Q, G)
-    zero_variance = rewards.amin(dim=1) == rewards.amax(dim=1)  # std would be a rounding error
+    zero_variance = rewards.amax(dim=1) - rewards.amin(dim=1) < 1e-9  # std would be a rounding error
     advantage[zero_variance] = 0.0
     for episode, value in zip(episodes, advantage.flatten().tolist(), strict=True):
         episode.advantage = value

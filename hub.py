@@ -4,12 +4,13 @@ The huggingface_hub library does the work, so its environment variables hold: HF
 for the cache, HF_HUB_OFFLINE to stay off the network. What is in the cache already is not fetched again.
 """
 
+import os
 import re
 from pathlib import Path
 
 from huggingface_hub import snapshot_download
 
-from data_types import UserError
+from data_types import DataSettings, UserError
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+", re.ASCII)  # owner/name
 
@@ -29,6 +30,16 @@ def download(section: str, name: str, revision: str, patterns: list[str]) -> Pat
     except Exception as error:  # the hub's, the HTTP client's and the system's errors have no common base
         cures = f"check {section}.path, {section}.revision, the network, HF_TOKEN, and the disk of HF_HOME"
         raise UserError(f"{name}: no folder, nor to be had from the hub ({one_line(error)}): {cures}") from error
+
+
+def find_data(data: DataSettings) -> Path:
+    """The file or folder `data.path`, or for a hub id ("owner/name") the hub's copy, fetched if need be."""
+    path = Path(data.path)
+    if data.path and (os.path.isfile(path) or os.path.isdir(path)):
+        return path
+    if not HUB_ID.fullmatch(data.path) or path.suffix == ".parquet":
+        raise UserError(f"{data.path}: no such file or folder, nor a hub data set (owner/name): set data.path")
+    return download("data", data.path, data.revision, ["*.parquet"])
 
 
 def commit(folder: Path, revision: str) -> str:

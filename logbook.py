@@ -1,23 +1,26 @@
 """What a run leaves behind and what a person sees while it runs.
 
-`runs/NAME/` gets config.yml (every setting), metrics.jsonl (one object per step), samples.txt (a few responses per
-step), and TensorBoard scalars and texts; the terminal gets one line per step.
+`runs/NAME/` gets config.yml (every setting), metrics.jsonl (one object per step), samples.jsonl (a few responses per
+step), and both for TensorBoard; the terminal gets one line per step. The files read back with
+`pandas.read_json(path, lines=True)`.
 
-Responses are hostile text: before one reaches a terminal or TensorBoard (which renders markup), `printable` and
-`html.escape` disarm control characters and tags.
+Responses are hostile text: before one reaches TensorBoard, which renders markup, `printable` and `html.escape` disarm
+control characters and tags.
 
-Left out: Weights & Biases and the like. metrics.jsonl reads back with `pandas.read_json(path, lines=True)`.
+Left out: Weights & Biases and the like.
 """
 
 import html
 import json
 import math
 import os
-import time
+import re
+import textwrap
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
+from statistics import fmean, pstdev
 from typing import Any, BinaryIO
 
 from torch.utils.tensorboard import SummaryWriter
@@ -25,9 +28,20 @@ from torch.utils.tensorboard import SummaryWriter
 from config import dump_config
 from data_types import Config, Episode, Progress
 from files import write_text, writing
+from task import Task
 from terminal import printable, say, warn
 
-LOGS = ("metrics.jsonl", "samples.txt")
+LOGS = ("metrics.jsonl", "samples.jsonl")
+GROUPS = {  # of metrics in TensorBoard; the others are of the update
+    "eval": "eval_.*",
+    "reward": "reward.*",
+    "rollout": "response_length|truncated|groups|zero_variance",
+    "time": ".*_seconds|.*_per_second",
+}
+STEP = (
+    "reward {reward:.3f} ({shares})  {response_length:3.0f} tokens  zero-variance {zero_variance:2d}/{groups}  "
+    "sampling {rollout_seconds:.1f} s  update {update_seconds:.1f} s  {left:.1f} min left"
+)
 
 
 class Logbook:
@@ -37,9 +51,9 @@ class Logbook:
     training: what could not be written (up to 1 MiB) is kept and tried with the next line.
     """
 
-    def __init__(self, folder: Path, config: Config, progress: Progress) -> None:
-        self.folder, self.config = folder, config
-        self.began, self.warned = time.perf_counter(), False
+    def __init__(self, folder: Path, config: Config, task: Task, progress: Progress) -> None:
+        self.folder, self.config, self.task = folder, config, task
+        self.warned = False
         with writing(folder):
             write_text(folder / "config.yml", dump_config(config))
             self.files = {name: open_log(folder / name) for name in LOGS}
@@ -76,38 +90,66 @@ class Logbook:
             self.files[name].flush()
 
     def write_step(self, step: int, metrics: dict[str, Any], episodes: list[Episode]) -> None:
-        """A line of metrics.jsonl and for the terminal, a few responses for samples.txt, all of it for TensorBoard."""
+        """A line of metrics.jsonl and for the terminal, a few for samples.jsonl, and all of it for TensorBoard."""
         clean = {key: None if isinstance(v, float) and not math.isfinite(v) else v for key, v in metrics.items()}
-        samples = [sample_text(step, episode) for episode in episodes[: self.config.output.samples]]
+        samples = [self.sample(step, episode) for episode in episodes[: self.config.output.samples]]
         self.append("metrics.jsonl", json.dumps({"step": step, **clean}) + "\n")
-        self.append("samples.txt", "".join(f"--- {sample}\n\n" for sample in samples))
+        self.append("samples.jsonl", "".join(json.dumps(sample) + "\n" for sample in samples))
         with self.disk_may_be_full():  # TensorBoard's writer does not recover, the files do
             for key, value in clean.items():
+                group = next((group for group, names in GROUPS.items() if re.fullmatch(names, key)), "update")
                 if value is not None:
-                    self.tensorboard.add_scalar(key, value, step)
+                    self.tensorboard.add_scalar(f"{group}/{key.removeprefix(f'{group}_')}", value, step)
             for number, sample in enumerate(samples):
-                self.tensorboard.add_text(f"sample {number}", f"<pre>{html.escape(sample)}</pre>", step)
-        steps = self.config.train.steps
-        say(f"step {step:>{len(str(steps))}}/{steps}  {headline(clean)}")
+                figures = ", ".join(f"{key} {value}" for key, value in list(sample.items())[3:])
+                text = f"{textwrap.fill(sample['prompt'], 100)}\n\n{sample['response']}\n\n{figures}"
+                self.tensorboard.add_text(f"sample {number}", f"<pre>{html.escape(printable(text))}</pre>", step)
+        for line in self.headlines(step, clean):
+            say(line)
+
+    def sample(self, step: int, episode: Episode) -> dict[str, Any]:
+        """An object of samples.jsonl."""
+        parts = {f"reward_{name}": value for name, value in episode.rewards.items()}
+        question, response = self.task.question_text(episode.problem), self.task.ASSISTANT_PREFIX + episode.text
+        ended, length = not episode.truncated, len(episode.response_ids)
+        texts = {"step": step, "prompt": question, "response": response}
+        return {**texts, "reward": episode.reward, **parts, "length": length, "ended": ended}
+
+    def headlines(self, step: int, metrics: dict[str, Any]) -> list[str]:
+        """The few figures of a step that a person watches: of its responses, and of an evaluation if there was one."""
+        steps, lines = self.config.train.steps, []
+        place = f"step {step:>{len(str(steps))}}/{steps}"
+        if step:
+            parts = [key for key in metrics if key.startswith("reward_") and key != "reward_std"]
+            shares = ", ".join(f"{key.removeprefix('reward_')} {metrics[key]:.3f}" for key in parts)
+            left = metrics["elapsed_seconds"] / step * (steps - step) / 60
+            lines.append(f"{place}  {STEP.format(**metrics, shares=shares, left=left)}")
+        for kind in ("greedy", "sampled"):
+            if f"eval_{kind}" in metrics:
+                score, error = metrics[f"eval_{kind}"], metrics[f"eval_{kind}_se"]
+                lines.append(f"{place}  held-out {self.task.SCORE} ({kind}) {score:.3f} +- {error:.3f}")
+        return lines
 
     def dump(self, step: int, episodes: list[Episode]) -> Path:
         """Write the episodes of a skipped step to the folder `skipped`, to look into."""
         path = self.folder / "skipped" / f"step-{step:06d}.json"
         with self.disk_may_be_full():
             path.parent.mkdir(exist_ok=True)
-            path.write_text(json.dumps([asdict(episode) for episode in episodes]), encoding="utf-8")
+            path.write_text(json.dumps([asdict(episode) for episode in episodes], default=repr), encoding="utf-8")
         return path
 
     def summarize(self, progress: Progress) -> None:
         """The last lines: before, after, and where everything is."""
         before, after = progress.before, progress.after
-        say(f"done: {progress.step} steps in {(time.perf_counter() - self.began) / 60:.1f} minutes")
+        say(f"done: {progress.step} steps in {progress.seconds / 60:.1f} minutes")
         for kind in ("sampled", "greedy"):
-            say(f"held-out success, {kind}: {before[f'eval_{kind}']:.1%} before, {after[f'eval_{kind}']:.1%} after")
+            first, last = before[f"eval_{kind}"], after[f"eval_{kind}"]
+            say(f"held-out {self.task.SCORE}, {kind}: {first:.3f} before, {last:.3f} after")
         say(f"the trained model: {self.folder / 'final'}")
         if progress.best - after["eval_greedy"] > 2 * after["eval_greedy_se"]:
             say(f"but it is not the best: {best_weights(progress)}")
         say(f"metrics, samples and TensorBoard files: {self.folder}")
+        say(f"next: python evaluate.py {self.folder / 'final'}    python plot.py {self.folder}")
 
 
 def open_log(path: Path) -> BinaryIO:
@@ -116,40 +158,23 @@ def open_log(path: Path) -> BinaryIO:
 
 
 def best_weights(progress: Progress) -> str:
-    """Where the weights with the best held-out success are."""
+    """Where the weights with the best held-out score are."""
     place = f"checkpoints/best-{progress.best_step:06d}" if progress.best_step else "the model it started from"
-    return f"{place} had {progress.best:.1%} held-out success"
-
-
-def sample_text(step: int, episode: Episode) -> str:
-    end = " [truncated]" if episode.truncated else ""
-    return printable(f"step {step}, {episode.problem}, reward {episode.reward.total:g}\n<think>{episode.text}{end}")
+    return f"{place} had {progress.best:.3f} held-out"
 
 
 def episode_metrics(episodes: list[Episode], config: Config) -> dict[str, float]:
     """What a step's responses were like: means over the responses, and the number of groups."""
-    count, size = len(episodes), config.rollout.group_size
-    groups = [episodes[first : first + size] for first in range(0, count, size)]
+    size = config.rollout.group_size
+    groups = [episodes[first : first + size] for first in range(0, len(episodes), size)]
+    rewards = [e.reward for e in episodes]
+    parts = dict.fromkeys(name for e in episodes for name in e.rewards)
     return {
-        "reward": sum(e.reward.total for e in episodes) / count,
-        "success": sum(e.reward.correct for e in episodes) / count,
-        "format_rate": sum(e.reward.format > 0 for e in episodes) / count,
-        "response_length": sum(len(e.response_ids) for e in episodes) / count,
-        "truncated": sum(e.truncated for e in episodes) / count,
+        **{f"reward_{name}": fmean(e.rewards.get(name, 0.0) for e in episodes) for name in parts},
+        "reward": fmean(rewards),
+        "reward_std": pstdev(rewards),
+        "response_length": fmean(len(e.response_ids) for e in episodes),
+        "truncated": fmean(e.truncated for e in episodes),
         "groups": len(groups),
         "zero_variance": sum(not any(e.advantage for e in group) for group in groups),
     }
-
-
-ROLLOUT = (
-    "reward {reward:.3f}  success {success:.1%}  format {format_rate:.1%}  length {response_length:.0f}  "
-    "zero-variance {zero_variance}/{groups}  rollout {rollout_seconds:.1f}s at {rollout_tokens_per_second:,.0f} tok/s  "
-    "update {update_seconds:.1f}s at {update_tokens_per_second:,.0f} tok/s"
-)
-HELD_OUT = "held-out (greedy) {eval_greedy:.1%} +- {eval_greedy_se:.1%}"
-
-
-def headline(metrics: dict[str, Any]) -> str:
-    """The few figures of a step that a person watches; step 0 is an evaluation only."""
-    known = {"reward": ROLLOUT, "eval_greedy": HELD_OUT}
-    return "  ".join(text.format(**metrics) for key, text in known.items() if key in metrics)

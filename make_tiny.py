@@ -16,8 +16,7 @@ There are two lessons. In the first the traces are patient and try at random: he
 checking and not to repeat a try. (A trace that soon hits would teach it to write whatever number makes it hit.) In the
 second they are impatient, and choose better.
 
-    python make_tiny.py                                   # writes tiny/ again; the same bits on the same machine
-    python make_tiny.py --examine tiny runs/NAME/final    # how models respond: arithmetic, honesty, length
+    python make_tiny.py --out tiny                        # writes tiny/ again; the same bits on the same machine
 
 Held-out problems never enter a trace; tiny/sft_problems.parquet lists those that did.
 """
@@ -26,7 +25,6 @@ import argparse
 import itertools
 import json
 import random
-import re
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -47,12 +45,11 @@ from tokenizers import (
     trainers,
 )
 
-from countdown_task import ASSISTANT_PREFIX, MAX_NUMBER, grade, question_text, split_problems
-from data_types import Problem, Sampling
+from countdown_task import ASSISTANT_PREFIX, MAX_NUMBER, Problem, question_text
 from files import write_json
-from model_folder import CONFIG, load_model, save_model
+from model_folder import CONFIG, save_model
 from qwen2_model import Qwen2, Qwen2Config
-from rollout import Sampler
+from task import load_task, split_problems
 from tokenizer import Tokenizer
 
 HELD_OUT = 512
@@ -339,46 +336,6 @@ def teach(model: Qwen2, tokenizer: Tokenizer, problems: list[Problem], recipe: R
                 print(f"step {step}/{total}  loss {loss.item():.4f}  {time.perf_counter() - began:.0f}s", flush=True)
 
 
-# ----------------------------------------------------------------------------------------------- looking at it
-
-LINE = re.compile(r"(\d+)([-+*/])(\d+)=(\d+), (\d+)([-+*/])(\d+)=(\d+) (yes|no)")
-
-
-def examine(folder: Path, problems: list[Problem], temperature: float) -> dict[str, str]:
-    """How a model responds: success, format, length, how many equations are right, how many claims are true."""
-    model, tokenizer = load_model(folder, torch.device("cpu"), torch.float32), Tokenizer(folder)
-    model.vocabulary = len(tokenizer)
-    prompts = [tokenizer.encode_prompt(question_text(problem), ASSISTANT_PREFIX) for problem in problems]
-    uniforms = torch.rand(len(problems), 320, generator=torch.Generator().manual_seed(0))
-    responses = Sampler(model, tokenizer.end_ids).generate(prompts, uniforms, Sampling(temperature))
-    texts = [tokenizer.decode(r.text_ids) for r in responses]
-    rewards = [grade(text, r.truncated, p) for text, r, p in zip(texts, responses, problems, strict=True)]
-    lines = [(found, problem) for text, problem in zip(texts, problems, strict=True) for found in LINE.findall(text)]
-    equations = [right(*found[i : i + 4]) for found, _ in lines for i in (0, 4)]
-    claims = [int(found[7]) == problem.target for found, problem in lines if found[8] == "yes"]
-    denials = [int(found[7]) != problem.target for found, problem in lines if found[8] == "no"]
-    return {
-        "model": str(folder),
-        "success": f"{mean([r.correct for r in rewards]):.1%}",
-        "well formed": f"{mean([r.format > 0 for r in rewards]):.1%}",
-        "tokens per response": f"{mean([len(r.ids) for r in responses]):.0f}",
-        "tries per response": f"{len(lines) / len(problems):.1f}",
-        "equations right": f"{mean(equations):.1%} of {len(equations)}",
-        "`yes` true": f"{mean(claims):.1%} of {len(claims)}",
-        "`no` true": f"{mean(denials):.1%} of {len(denials)}",
-    }
-
-
-def right(a: str, sign: str, b: str, result: str) -> bool:
-    """Whether an equation that the model wrote is right."""
-    x, y, z = int(a), int(b), int(result)
-    return z * y == x and y != 0 if sign == "/" else z == {"+": x + y, "-": x - y, "*": x * y}[sign]
-
-
-def mean(values: list) -> float:
-    return sum(values) / max(1, len(values))
-
-
 def write_problems(problems: list[Problem], path: Path) -> None:
     """Problems in the schema of the public data set: columns nums and target."""
     columns = {"nums": [list(p.numbers) for p in problems], "target": [p.target for p in problems]}
@@ -386,29 +343,20 @@ def write_problems(problems: list[Problem], path: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Make the tiny model, or look at how a model responds.")
-    parser.add_argument("--out", type=Path, default=Path("tiny"), help="the folder to write")
-    parser.add_argument("--examine", type=Path, nargs="+", metavar="FOLDER", help="only compare the models in these")
-    parser.add_argument("--temperature", type=float, default=1.0, help="of the responses that are examined")
-    arguments = parser.parse_args()
+    parser = argparse.ArgumentParser(description="Make the tiny model; takes 45 minutes on one core.")
+    parser.add_argument("--out", type=Path, required=True, help="the folder to write, such as tiny")
+    out = parser.parse_args().out
     recipe = Recipe()
     torch.set_num_threads(recipe.threads)
     problems = generate_problems(count=3, low=1, high=15, target_low=10, target_high=100)
-    training, held_out = split_problems(problems, HELD_OUT)
-    if not arguments.examine:
-        arguments.out.mkdir(parents=True, exist_ok=True)
-        tokenizer = write_tokenizer(training, recipe, arguments.out)
-        model = new_model(len(tokenizer), recipe.seed)
-        teach(model, tokenizer, training, recipe)
-        small_files = {CONFIG: json.dumps(config_json(model, tokenizer)).encode()}
-        save_model(model, small_files, arguments.out)
-        write_problems(problems, arguments.out / "problems.parquet")
-        write_problems(training, arguments.out / "sft_problems.parquet")
-    folders = arguments.examine or [arguments.out]
-    columns = [examine(folder, held_out, arguments.temperature) for folder in folders]
-    print(f"{HELD_OUT} held-out problems, one response each at temperature {arguments.temperature:g}")
-    for name in columns[0]:
-        print(f"{name:20s}", *(f"{column[name]:28s}" for column in columns))
+    training, _ = split_problems(load_task("countdown"), problems, HELD_OUT)
+    out.mkdir(parents=True, exist_ok=True)
+    tokenizer = write_tokenizer(training, recipe, out)
+    model = new_model(len(tokenizer), recipe.seed)
+    teach(model, tokenizer, training, recipe)
+    save_model(model, {CONFIG: json.dumps(config_json(model, tokenizer)).encode()}, out)
+    write_problems(problems, out / "problems.parquet")
+    write_problems(training, out / "sft_problems.parquet")
 
 
 if __name__ == "__main__":

@@ -105,10 +105,9 @@ def check_memory(config: Config, shape: Qwen2Config, prompt_tokens: int, device:
         raise UserError("this GPU has no bfloat16: set model.dtype=float32 train.optimizer=master")
     available = torch.cuda.mem_get_info(device)[0] if on_gpu else host_memory()
     plan = plan_memory(config, shape, prompt_tokens, available)
-    if on_gpu:
-        say(plan.table(available))
-    if max(plan.peaks) > available:
-        needed, free = max(plan.peaks) / GIB, available / GIB
+    needed, free = max(plan.peaks) / GIB, available / GIB
+    say(plan.table(available) if on_gpu else f"memory  {needed:.2f} GiB planned, {free:.2f} are free")
+    if needed > free:
         raise UserError(f"this run needs {needed:.1f} GiB, and {free:.1f} GiB are free: {advice(config, plan)}")
     rollout = config.rollout
     tokens = rollout.questions_per_step * rollout.group_size * rollout.max_new_tokens

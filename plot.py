@@ -1,58 +1,103 @@
-"""Draws the learning curves of runs: training success, held-out success and response length against minutes.
+"""Draws the curves of runs: reward, held-out score, length, entropy, zero-variance groups and time, in one picture.
 
-    for seed in 1 2 3 4 5; do python train.py --config config_tiny.yml --name demo-$seed train.seed=$seed; done
-    python plot.py runs/demo-1 runs/demo-2 runs/demo-3 runs/demo-4 runs/demo-5 --out docs/learning.png
+    python plot.py runs/NAME                       # writes runs/NAME/curves.png
+    python plot.py runs/A runs/B runs/C            # compares them, in runs/A/curves.png
+    python plot.py runs/A runs/B --minutes --out docs/learning.png
 
-Needs matplotlib (requirements-dev.txt).
+With --minutes the x axis is the time spent sampling and updating, as on the machine where the runs were made. Needs
+matplotlib (requirements-dev.txt).
 """
 
 import argparse
 import sys
 from pathlib import Path
+from typing import Any
 
 import pandas
-from matplotlib import pyplot
+
+from data_types import UserError
+from terminal import complain, say
 
 
 def read_run(folder: Path) -> pandas.DataFrame:
     """A run's metrics by step, with `minutes`: time spent sampling and updating up to the end of each step."""
-    metrics = pandas.read_json(folder / "metrics.jsonl", lines=True)
-    metrics["minutes"] = (metrics["rollout_seconds"].fillna(0) + metrics["update_seconds"].fillna(0)).cumsum() / 60
+    path = folder / "metrics.jsonl"
+    if not path.is_file():
+        raise UserError(f"{folder}: no run: it holds no metrics.jsonl")
+    try:
+        metrics = pandas.read_json(path, lines=True)
+        spent = metrics[["rollout_seconds", "update_seconds"]].fillna(0).sum(axis=1)
+    except (ValueError, KeyError):
+        raise UserError(f"{path}: not the metrics of a run with at least one step") from None
+    metrics["minutes"] = spent.cumsum() / 60
+    metrics["zero_variance_share"] = metrics["zero_variance"] / metrics["groups"]
+    metrics["step_seconds"] = spent.where(metrics.step > 0)
     return metrics
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description="Draw the learning curves of runs.")
-    parser.add_argument("runs", nargs="+", type=Path)
-    parser.add_argument("--out", type=Path, default=Path("docs/learning.png"))
-    arguments = parser.parse_args()
-    figure, (success, length) = pyplot.subplots(1, 2, figsize=(11, 4))
-    for number, folder in enumerate(arguments.runs):
-        run = read_run(folder)
-        colour = f"C{number}"
-        evaluated = run.dropna(subset="eval_greedy")
-        success.plot(run.minutes, run.success * 100, color=colour, alpha=0.3, linewidth=1)
-        success.errorbar(
-            evaluated.minutes,
-            evaluated.eval_greedy * 100,
-            evaluated.eval_greedy_se * 100,
-            color=colour,
-            marker="o",
-            markersize=4,
-            capsize=2,
-            label=folder.name,
-        )
-        length.plot(run.minutes, run.response_length, color=colour, linewidth=1)
-    success.set(title="success: held-out (points), training (thin)", ylabel="%", ylim=(0, 100))
-    length.set(title="response length", ylabel="tokens", ylim=(0, None))
-    for axes in (success, length):
-        axes.set_xlabel("minutes of sampling and updating")
-        axes.grid(alpha=0.3)
-    success.legend(loc="lower right")
-    arguments.out.parent.mkdir(parents=True, exist_ok=True)
-    figure.tight_layout()
-    figure.savefig(arguments.out, dpi=110)
-    print(f"wrote {arguments.out}")
+PANELS = {  # column: title, label of the y axis
+    "reward": ("reward of the sampled responses", "mean of a step"),
+    "eval_greedy": ("held-out score, greedy", "mean and its standard error"),
+    "response_length": ("response length", "tokens"),
+    "entropy": ("entropy of the policy", "nats per token"),
+    "zero_variance_share": ("zero-variance groups", "share of a step's groups"),
+    "step_seconds": ("time", "seconds per step"),
+}
+
+
+def draw(runs: dict[str, pandas.DataFrame], x: str) -> Any:
+    """The figure: a panel per quantity, a colour per run."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(12, 6.5), layout="constrained")
+    panels = figure.subplots(2, 3).flat
+    for axes, (column, (title, label)) in zip(panels, PANELS.items(), strict=True):
+        for number, run in enumerate(runs.values()):
+            there, colour = run.dropna(subset=column), f"C{number}"
+            if column == "eval_greedy":
+                error = there.eval_greedy_se
+                axes.errorbar(there[x], there[column], error, color=colour, marker="o", markersize=4, capsize=2)
+            elif len(there) > 20:  # the points, and their mean over a few steps
+                axes.plot(there[x], there[column], color=colour, alpha=0.25, linewidth=1)
+                smooth = there[column].rolling(5, center=True, min_periods=1).mean()
+                axes.plot(there[x], smooth, color=colour, linewidth=1.6)
+            else:
+                axes.plot(there[x], there[column], color=colour, marker=".")
+        axes.set_title(title, fontsize=11)
+        axes.set_xlabel("step" if x == "step" else "minutes of sampling and updating")
+        axes.set_ylabel(label)
+        axes.set_ylim(bottom=min(0.0, axes.get_ylim()[0]))
+        axes.grid(alpha=0.25)
+        axes.spines[["top", "right"]].set_visible(False)
+    for number, name in enumerate(runs):
+        axes.plot([], [], color=f"C{number}", label=name)
+    figure.legend(loc="outside lower center", ncols=6, frameon=False)
+    return figure
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description="Draw the curves of runs.")
+    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="a run's folder, such as runs/NAME")
+    parser.add_argument("--out", type=Path, help="the picture; default: curves.png in the first run's folder")
+    parser.add_argument("--minutes", action="store_true", help="against minutes instead of steps")
+    arguments = parser.parse_args(argv)
+    out = arguments.out or arguments.runs[0] / "curves.png"
+    try:
+        names = [folder.name or folder.resolve().name for folder in arguments.runs]
+        unique = len({*names}) == len(names)
+        titles = names if unique else map(str, arguments.runs)
+        runs = dict(zip(titles, map(read_run, arguments.runs), strict=True))
+        draw(runs, "minutes" if arguments.minutes else "step").savefig(out, dpi=110)
+    except UserError as error:
+        complain(f"plot.py: {error}")
+        return 2
+    except (OSError, ValueError) as error:  # ValueError: a kind of picture that matplotlib does not know
+        complain(f"plot.py: {out}: cannot be written: {error}")
+        return 2
+    except ModuleNotFoundError:
+        complain("plot.py: drawing needs matplotlib: pip install matplotlib")
+        return 2
+    say(f"wrote {out}")
     return 0
 
 

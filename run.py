@@ -1,12 +1,13 @@
 """Everything around the loop of train.py: set-up, the device, signals, memory that runs out, and what follows a step.
 
-Nothing here is part of the algorithm. `Run` holds what a run works with; two of its methods wrap the sampler and the
-gradient (`generate`, `accumulate_gradient`), and `finish_step` takes over when a step is done.
+Nothing here is part of the algorithm. `Agent` is a model that can be asked, `Run` one that is trained; two methods wrap
+the sampler and the gradient (`generate`, `accumulate_gradient`), and `finish_step` takes over when a step is done.
 """
 
 import hashlib
 import math
 import os
+import shutil
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -19,20 +20,21 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 import grpo
 from alarms import Alarms
-from checkpoint import load_optimizer, save_best, save_checkpoint
-from countdown_task import ASSISTANT_PREFIX, find_problems, load_problems, question_text, split_problems
+from checkpoint import disk_space, load_optimizer, save_best, save_checkpoint
 from data_types import Config, Episode, Progress, Sampling, UserError
 from files import atomic_folder
-from hub import commit
+from hub import commit, find_data
 from logbook import Logbook, episode_metrics
-from memory import check_memory, out_of_memory
+from memory import GIB, check_memory, out_of_memory
 from model_folder import find_folder, load_model, read_model_config, read_small_files, save_model
 from optimizer import AdamW
 from rollout import Response, Sampler
-from terminal import warn
+from task import load_task, split_problems
+from terminal import say, warn
 from tokenizer import Tokenizer
 
 T = TypeVar("T")
@@ -46,56 +48,121 @@ class Interrupted(Exception):
         self.number = number
 
 
-class Run:
-    """A run in its folder, from its start or from a checkpoint; what is cheap to check is checked first."""
+class Agent:
+    """A model that can be asked: the task and its problems, the tokenizer, the policy and its sampler.
 
-    def __init__(self, config: Config, folder: Path, checkpoint: Path | None, progress: Progress) -> None:
-        self.folder, self.progress = folder, progress
-        device = find_device(config.model.device)
+    What is cheap to check is checked first; the weights come with `load`.
+    """
+
+    def __init__(self, config: Config, source: Path) -> None:
+        self.device = find_device(config.model.device)
         # on a CPU the matmuls of a small model are too short to share out among many cores
         torch.set_num_threads(config.train.threads or min(os.cpu_count() or 1, 8))
-        source = checkpoint or find_folder(config.model)
+        self.source, self.task = source, load_task(config.data.task)
+        data = found = config.data
+        if data.path:
+            files = find_data(data)
+            data, found = replace(data, revision=commit(files, data.revision)), replace(data, path=str(files))
         model = replace(config.model, revision=commit(source, config.model.revision))
-        problems = find_problems(config.data)
-        data = replace(config.data, revision=commit(problems, config.data.revision))
         self.config = config = replace(config, model=model, data=data)  # what was fetched belongs to the run
-        shape, self.tokenizer = read_model_config(source), Tokenizer(source)
-        if len(self.tokenizer) > shape.vocab_size:
-            raise UserError(f"{source}: {len(self.tokenizer)} ids in the tokenizer, {shape.vocab_size} in config.json")
-        found = replace(config.data, path=str(problems))  # so that the hub is asked once
-        self.training, self.held_out = split_problems(load_problems(found), config.data.held_out)
-        digest = hashlib.sha256(repr((self.training, self.held_out)).encode()).hexdigest()
-        if checkpoint and digest != progress.problems:
-            raise UserError(f"{config.data.path}: not the problems this run began with: put them back or start anew")
-        progress.problems = digest
-        longest = max(self.training + self.held_out, key=lambda problem: len(str(problem)))
-        prompt_tokens = len(self.tokenizer.encode_prompt(question_text(longest), ASSISTANT_PREFIX))
-        needed, most = prompt_tokens + config.rollout.max_new_tokens, shape.max_position_embeddings
+        self.shape, self.tokenizer = read_model_config(source), Tokenizer(source)
+        ids = len(self.tokenizer)
+        if ids > self.shape.vocab_size:
+            raise UserError(f"{source}: {ids} ids in the tokenizer, {self.shape.vocab_size} in config.json")
+        self.training, self.held_out = split_problems(self.task, self.task.load_problems(found), data.held_out)
+        longest = max(self.training + self.held_out, key=lambda problem: len(self.task.question_text(problem)))
+        self.prompt_tokens = len(self.encode_prompt(longest))
+        needed, most = self.prompt_tokens + config.rollout.max_new_tokens, self.shape.max_position_embeddings
         if needed > most:
             raise UserError(f"{source}: prompt and rollout.max_new_tokens need {needed} positions, and it has {most}")
-        max_rows = check_memory(config, shape, prompt_tokens, device)
-        self.small_files = read_small_files(source)
-        self.policy = load_model(source, device, getattr(torch, config.model.dtype))
+
+    def load(self, max_rows: int) -> None:
+        """Read the weights; `max_rows` responses are sampled at the same time, fewer once memory ran out."""
+        self.policy = load_model(self.source, self.device, getattr(torch, self.config.model.dtype))
         self.policy.vocabulary = len(self.tokenizer)
-        self.policy.checkpoint_layers = config.train.activation_checkpointing
         self.sampler = Sampler(self.policy, self.tokenizer.end_ids)
+        self.limits = {"rows at a time": max_rows, "tokens per micro-batch": self.config.train.tokens_per_microbatch}
+
+    def encode_prompt(self, problem: Any) -> list[int]:
+        return self.tokenizer.encode_prompt(self.task.question_text(problem), self.task.ASSISTANT_PREFIX)
+
+    def generate(self, prompts: list[list[int]], uniforms: Tensor, sampling: Sampling) -> list[Response]:
+        """Sampler.generate, in waves where memory runs out."""
+        attempt = partial(self.sampler.generate, prompts, uniforms, sampling)
+        return self.fit("rows at a time", len(uniforms) // len(prompts), len(uniforms), attempt)
+
+    def fit(self, what: str, least: int, most: int, attempt: Callable[[int], T]) -> T:
+        """The result of `attempt(limit)`, made again with half the limit whenever memory runs out.
+
+        All randomness comes with the arguments, so another attempt does the same work, up to the rounding of another
+        batch shape.
+        """
+        while True:
+            limit = min(most, self.limits[what])
+            try:
+                return attempt(limit)
+            except RuntimeError as error:
+                if not out_of_memory(error):
+                    raise
+            torch.cuda.empty_cache()  # only here does nothing refer to the failed attempt's tensors any more
+            if limit <= least:
+                cures = "lower rollout.max_new_tokens, set train.activation_checkpointing=true, train.optimizer=offload"
+                raise UserError(f"out of memory even with {limit} {what}: {cures}, or free some")
+            self.limits[what] = max(least, limit // 2)
+            warn(f"out of memory; from now on at most {self.limits[what]} {what}")
+
+
+class Run(Agent):
+    """A run in its folder, from its start or from a checkpoint."""
+
+    def __init__(self, config: Config, folder: Path, checkpoint: Path | None, progress: Progress) -> None:
+        super().__init__(config, checkpoint or find_folder(config.model))
+        self.folder, self.progress, config = folder, progress, self.config
+        digest = hashlib.sha256(repr((self.training, self.held_out)).encode()).hexdigest()
+        if checkpoint and digest != progress.problems:
+            where = config.data.path or f"{config.data.task}_task.py"
+            raise UserError(f"{where}: not the problems this run began with: put them back or start anew")
+        progress.problems = digest
+        max_rows = check_memory(config, self.shape, self.prompt_tokens, self.device)
+        self.small_files = read_small_files(self.source)
+        self.load(max_rows)
+        self.policy.checkpoint_layers = config.train.activation_checkpointing
         self.optimizer = AdamW(self.policy.parameters(), config.train)
         if checkpoint:
             load_optimizer(checkpoint, self.optimizer, progress)
-        # less once memory ran out
-        self.limits = {"rows at a time": max_rows, "tokens per micro-batch": config.train.tokens_per_microbatch}
-        self.logbook = Logbook(folder, config, progress)
-        self.alarms = Alarms(config)
+        self.logbook = Logbook(folder, config, self.task, progress)
+        self.alarms = Alarms(config, self.task)
         self.signal = 0  # the stop signal that came
         self.seconds = {"rollout": 0.0, "update": 0.0}  # since the last step
+        self.step_began = 0.0
+        self.introduce()
+
+    def introduce(self) -> None:
+        """Say what is about to run."""
+        rollout, model = self.config.rollout, self.config.model
+        weights, tokens = sum(p.numel() for p in self.policy.parameters()), rollout.max_new_tokens
+        say(f"model   {model.path}: {weights:,} parameters, {model.dtype}, on {self.device}")
+        say(f"task    {self.config.data.task}: {len(self.training):,} problems, {len(self.held_out)} more held out")
+        say(f"step    {rollout.questions_per_step} questions x {rollout.group_size} responses of up to {tokens} tokens")
+        with suppress(OSError):  # some network disks do not say
+            if self.progress.step:  # some of it is there already
+                return
+            needed, free = disk_space(self.policy, self.optimizer) / GIB, shutil.disk_usage(self.folder).free / GIB
+            say(f"disk    {needed:.2f} GiB for two checkpoints, best and final weights, {free:.2f} are free")
+            if needed > free:
+                warn(f"the disk of {self.folder} may get full: free some, or choose another output.folder")
 
     # ---- Around the parts of a step -----------------------------------------------------------------------------
 
     def steps(self) -> Iterator[int]:
         """The steps that are left; Interrupted between two of them when a signal came."""
-        for step in range(self.progress.step + 1, self.config.train.steps + 1):
-            self.stop_if_asked()
-            yield step
+        steps, done = self.config.train.steps, self.progress.step
+        with tqdm(desc="training", unit=" steps", total=steps, initial=done, leave=False, disable=None) as bar:
+            self.step_began = time.perf_counter()
+            for step in range(done + 1, steps + 1):
+                self.stop_if_asked()
+                yield step
+                bar.update()
 
     def stop_if_asked(self) -> None:
         if self.signal and self.optimizer.steps == self.progress.optimizer_steps:  # not after an unfinished update
@@ -118,10 +185,8 @@ class Run:
         self.seconds[phase] += time.perf_counter() - began
 
     def generate(self, prompts: list[list[int]], uniforms: Tensor, sampling: Sampling) -> list[Response]:
-        """Sampler.generate, in waves where memory runs out."""
         self.stop_if_asked()  # before and after: all that follows may take minutes
-        attempt = partial(self.sampler.generate, prompts, uniforms, sampling)
-        responses = self.fit("rows at a time", len(uniforms) // len(prompts), len(uniforms), attempt)
+        responses = super().generate(prompts, uniforms, sampling)
         self.stop_if_asked()
         return responses
 
@@ -138,32 +203,12 @@ class Run:
             policy.zero_grad(set_to_none=True)
         return stats
 
-    def fit(self, what: str, least: int, most: int, attempt: Callable[[int], T]) -> T:
-        """The result of `attempt(limit)`, made again with half the limit whenever memory runs out.
-
-        All randomness comes with the arguments, so another attempt does the same work, up to the rounding of another
-        batch shape.
-        """
-        while True:
-            limit = min(most, self.limits[what])
-            try:
-                return attempt(limit)
-            except RuntimeError as error:
-                if not out_of_memory(error):
-                    raise
-            torch.cuda.empty_cache()  # only here does nothing refer to the failed attempt's tensors any more
-            if limit <= least:
-                cures = "lower rollout.max_new_tokens, set train.activation_checkpointing=true, train.optimizer=offload"
-                raise UserError(f"out of memory even with {limit} {what}: {cures}, or free some")
-            self.limits[what] = max(least, limit // 2)
-            warn(f"out of memory; from now on at most {self.limits[what]} {what}")
-
     # ---- After a step ------------------------------------------------------------------------------------------
 
     def finish_step(self, step: int, episodes: list[Episode], stats: dict[str, Any]) -> None:
         """Log a step, warn, keep the best weights, save a checkpoint when it is due, stop what has gone wrong."""
         config, progress = self.config, self.progress
-        metrics = episode_metrics(episodes, config) | self.speed(episodes) | stats
+        metrics = episode_metrics(episodes, config) | stats | self.speed(episodes)
         self.logbook.write_step(step, metrics, episodes)
         self.alarms.check(metrics, progress)
         if stats["skipped"]:
@@ -172,7 +217,7 @@ class Run:
         progress.step, progress.drawn = step, progress.drawn + metrics["groups"]
         progress.optimizer_steps = self.optimizer.steps
         progress.skipped_in_a_row = progress.skipped_in_a_row + 1 if stats["skipped"] else 0
-        if metrics.get("eval_greedy", 0.0) > progress.best:
+        if metrics.get("eval_greedy", progress.best) > progress.best:
             with reported("the best weights so far"):
                 save_best(self.folder, self.policy, self.small_files, step)
                 progress.best, progress.best_step = metrics["eval_greedy"], step
@@ -188,8 +233,11 @@ class Run:
         run = sum(episode.length for episode in episodes if episode.active)
         tokens = {"rollout": sampled, "update": run * self.config.train.updates_per_batch}
         spent, self.seconds = self.seconds, {"rollout": 0.0, "update": 0.0}
+        began, self.step_began = self.step_began, time.perf_counter()
+        self.progress.seconds += self.step_began - began
         speed = {f"{phase}_tokens_per_second": tokens[phase] / seconds for phase, seconds in spent.items()}
-        return {f"{phase}_seconds": seconds for phase, seconds in spent.items()} | speed
+        seconds = {f"{phase}_seconds": seconds for phase, seconds in spent.items()}
+        return speed | seconds | {"elapsed_seconds": self.progress.seconds}
 
     def save(self) -> None:
         """Save a checkpoint of the last finished step; a failure is reported and does not stop training."""

@@ -6,6 +6,9 @@ What is printed often quotes a response, a file or a command line, so control ch
 import os
 import sys
 from contextlib import suppress
+from typing import TextIO
+
+from tqdm import tqdm
 
 
 def printable(text: str) -> str:
@@ -13,14 +16,14 @@ def printable(text: str) -> str:
     return "".join(c if c.isprintable() or c == "\n" else ascii(c)[1:-1] for c in text)
 
 
-def say(text: str) -> None:
+def say(text: str, end: str = "\n", file: TextIO | None = None) -> None:
     with suppress(OSError, UnicodeError):
-        print(printable(text), flush=True)
+        tqdm.write(printable(text), end=end, file=file or sys.stdout)  # above a progress bar
+        (file or sys.stdout).flush()
 
 
 def complain(text: str) -> None:
-    with suppress(OSError, UnicodeError):
-        print(printable(text), file=sys.stderr, flush=True)
+    say(text, file=sys.stderr)
 
 
 def warn(text: str) -> None:

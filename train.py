@@ -1,12 +1,12 @@
-"""Trains a Qwen2.5 model with GRPO on Countdown: the whole algorithm is the loop in `train`.
+"""Trains a Qwen2.5 model with GRPO: the whole algorithm is the loop in `train`.
 
     python train.py --config config_tiny.yml                      # a laptop, minutes, nothing to download
     python train.py --config config.yml                           # Qwen2.5-3B-Instruct on one 48 GB GPU
     python train.py --config config_tiny.yml --name try rollout.group_size=32 train.learning_rate=3e-4
     python train.py --resume try                                  # continues exactly where it stopped
 
-rollout.py samples, countdown_task.py rewards, grpo.py has the advantages, the objective and its gradient. What
-surrounds the loop (signals, memory, logging, checkpoints) is in run.py.
+rollout.py samples, a task such as countdown_task.py grades, grpo.py has the advantages, the objective and its gradient.
+What surrounds the loop (signals, memory, logging, checkpoints) is in run.py.
 
 Every random choice of step k comes from a generator made for (seed, purpose, k). The generators are stateless, so an
 extra evaluation changes nothing and a run can continue from any step.
@@ -17,16 +17,18 @@ import hashlib
 import math
 import shlex
 import sys
+from statistics import fmean, pstdev
+from typing import Any
 
 import torch
 
 from checkpoint import find_run, locked, new_run_folder, prepare_resume
-from config import load_config
-from countdown_task import ASSISTANT_PREFIX, grade, problem_order, question_text
-from data_types import Episode, Problem, Progress, RolloutSettings, Sampling, UserError
+from config import describe_settings, load_config
+from data_types import Episode, Progress, RolloutSettings, Sampling, UserError
 from grpo import apply_gradient, assign_advantages, assign_token_weights
 from optimizer import learning_rate
-from run import Interrupted, Run, finite, open_run
+from run import Agent, Interrupted, Run, finite, open_run
+from task import grade, problem_order
 from terminal import complain, drop_unwritten, open_closed, say
 
 
@@ -41,25 +43,25 @@ def train(run: Run) -> None:
         progress.after = {}
         episodes: list[Episode] = []
         for draw in range(config.rollout.max_draws):
-            drawn = rollout(run, next_problems(run, draw), step, draw)  # 1. G responses to each of Q questions
+            drawn = rollout(run, next_problems(run, draw), step, draw)  # step 1: G responses to each of Q questions
             for episode in drawn:
-                episode.reward = grade(episode.text, episode.truncated, episode.problem)  # 2. format + correctness
-            assign_advantages(drawn, config)  # 3. A = (r - mean) / std within each group
+                episode.rewards = grade(run.task, episode)  # step 2: such as format + correctness
+            assign_advantages(drawn, config)  # step 3: A = (r - mean) / std within each group
             episodes += drawn
             batch = choose_groups(episodes, config.rollout)
             if len(batch) == config.rollout.questions_per_step * config.rollout.group_size:
                 break
-        stats = update(run, step, batch)  # 4. maximize sum_t weight_t * objective(ratio_t, A)
+        stats = update(run, step, batch)  # steps 4 to 6: maximize sum_t weight_t * objective(ratio_t, A)
         if step == config.train.steps:
             progress.after = evaluate(run, "greedy") | evaluate(run, "sampled")
             stats |= progress.after
         elif config.eval.every and step % config.eval.every == 0:
             stats |= evaluate(run, "greedy")
-        run.finish_step(step, episodes, stats)  # 5. log, warn, save
+        run.finish_step(step, episodes, stats)  # log, warn, save
     progress.after = progress.after or evaluate(run, "greedy") | evaluate(run, "sampled")
 
 
-def next_problems(run: Run, draw: int) -> list[Problem]:
+def next_problems(run: Run, draw: int) -> list[Any]:
     """The training problems of a draw: each epoch goes through all of them in an order of its own."""
     count, size = len(run.training), run.config.rollout.questions_per_step
     first = run.progress.drawn + draw * size
@@ -68,7 +70,7 @@ def next_problems(run: Run, draw: int) -> list[Problem]:
     return [run.training[orders[epoch][place]] for epoch, place in places]
 
 
-def rollout(run: Run, problems: list[Problem], step: int, draw: int) -> list[Episode]:
+def rollout(run: Run, problems: list[Any], step: int, draw: int) -> list[Episode]:
     """`group_size` responses of the policy to each problem, not yet rewarded; those of a group are adjacent."""
     generator = make_generator(run.config.train.seed, f"rollout {draw}", step)
     with run.timed("rollout"):
@@ -76,15 +78,15 @@ def rollout(run: Run, problems: list[Problem], step: int, draw: int) -> list[Epi
 
 
 def sample(
-    run: Run, problems: list[Problem], group_size: int, sampling: Sampling, generator: torch.Generator
+    agent: Agent, problems: list[Any], group_size: int, sampling: Sampling, generator: torch.Generator
 ) -> list[Episode]:
     """Prompts, responses and their texts as episodes."""
-    prompts = [run.tokenizer.encode_prompt(question_text(problem), ASSISTANT_PREFIX) for problem in problems]
-    uniforms = torch.rand(len(problems) * group_size, run.config.rollout.max_new_tokens, generator=generator)
+    prompts = [agent.encode_prompt(problem) for problem in problems]
+    uniforms = torch.rand(len(problems) * group_size, agent.config.rollout.max_new_tokens, generator=generator)
     episodes = []
-    for row, response in enumerate(run.generate(prompts, uniforms, sampling)):
+    for row, response in enumerate(agent.generate(prompts, uniforms, sampling)):
         question = row // group_size
-        text = run.tokenizer.decode(response.text_ids)
+        text = agent.tokenizer.decode(response.text_ids)
         ids, logprobs, truncated = response.ids, response.logprobs, response.truncated
         episodes.append(Episode(problems[question], prompts[question], ids, logprobs, truncated, text))
     return episodes
@@ -115,6 +117,7 @@ def update(run: Run, step: int, batch: list[Episode]) -> dict[str, float]:
         run.optimizer.learning_rate = learning_rate(step, settings)
         for _ in range(settings.updates_per_batch):
             stats = run.accumulate_gradient(batch, run.config.rollout.sampling)
+            stats["learning_rate"] = run.optimizer.learning_rate
             stats["grad_norm"] = apply_gradient(run.policy, run.optimizer, settings.max_grad_norm)
             updates.append(stats)
             if not finite(stats, batch):
@@ -123,15 +126,14 @@ def update(run: Run, step: int, batch: list[Episode]) -> dict[str, float]:
 
 
 def evaluate(run: Run, kind: str) -> dict[str, float]:
-    """Success on the held-out problems, one response each, and its standard error.
+    """The mean score on the held-out problems, one response each, and its standard error.
 
     kind: "greedy", or "sampled" at temperature 1, with the same random numbers in every evaluation.
     """
     generator = make_generator(run.config.train.seed, "evaluation", 0)
     episodes = sample(run, run.held_out, 1, Sampling(temperature=float(kind == "sampled")), generator)
-    correct = [grade(e.text, e.truncated, e.problem).correct > 0 for e in episodes]
-    rate = sum(correct) / len(correct)
-    return {f"eval_{kind}": rate, f"eval_{kind}_se": math.sqrt(rate * (1 - rate) / len(correct))}
+    scores = [grade(run.task, episode)[run.task.SCORE] for episode in episodes]
+    return {f"eval_{kind}": fmean(scores), f"eval_{kind}_se": pstdev(scores) / math.sqrt(len(scores))}
 
 
 def make_generator(seed: int, purpose: str, step: int) -> torch.Generator:
@@ -141,13 +143,26 @@ def make_generator(seed: int, purpose: str, step: int) -> torch.Generator:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description="Train a Qwen2.5 model with GRPO on Countdown.")
-    which = parser.add_mutually_exclusive_group(required=True)
+    epilog, words = "", sys.argv[1:] if argv is None else argv
+    if {"-h", "--help"} & {*words}:
+        task = next((word.partition("=")[2] for word in words if word.startswith("data.task=")), "countdown")
+        epilog = f"settings, as SETTING=VALUE or in the file (with data.task={task}):\n{describe_settings(task)}"
+    parser = argparse.ArgumentParser(
+        description="Train a Qwen2.5 model with GRPO.",
+        epilog=epilog,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    which = parser.add_mutually_exclusive_group()
     which.add_argument("--config", help="start a run with the settings of this YAML file, such as config_tiny.yml")
     which.add_argument("--resume", metavar="RUN", help="continue a run: its name, its folder, or `latest`")
     parser.add_argument("--name", help="the new run's folder in output.folder; default: the time")
     parser.add_argument("overrides", nargs="*", help="settings that replace the file's: rollout.group_size=32")
     arguments = parser.parse_intermixed_args(argv)
+    if arguments.config is None and arguments.resume is None:
+        file = next((word for word in arguments.overrides if word.endswith((".yml", ".yaml"))), "config_tiny.yml")
+        complain(f"start a run:      python train.py --config {file}")
+        complain("continue a run:   python train.py --resume latest    (--help lists every setting)")
+        return 2
     if arguments.resume is not None and arguments.name:
         parser.error("--name is for a new run; --resume takes the run's name itself")
     try:

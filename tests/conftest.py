@@ -7,9 +7,7 @@ import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-torch.set_num_threads(
-    1
-)  # what is this small gains nothing from more, and beside another process they wait for each other
+torch.set_num_threads(1)  # two processes share two cores (pytest -n 2)
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

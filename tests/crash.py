@@ -54,13 +54,13 @@ def attempt(folder: Path, log: Path, seconds: float, in_save: bool = False) -> i
 def content(folder: Path) -> dict[str, object]:
     """All of a finished run that must not depend on how often it was stopped."""
     lines = (folder / "metrics.jsonl").read_text().splitlines()
-    kept: dict[str, object] = {"samples": (folder / "samples.txt").read_bytes()}
+    kept: dict[str, object] = {"samples": (folder / "samples.jsonl").read_bytes()}
     kept["metrics"] = [{k: v for k, v in json.loads(line).items() if "second" not in k} for line in lines]
     for path in sorted([*folder.glob("final/*"), *folder.glob("checkpoints/*/*")]):
         name = str(path.relative_to(folder))
         if path.name == "state.json":  # the length of metrics.jsonl depends on the times in it
             kept[name] = state = json.loads(path.read_bytes())
-            del state["progress"]["files"]["metrics.jsonl"]
+            del state["progress"]["files"]["metrics.jsonl"], state["progress"]["seconds"]
         elif path.name != "checksums.json":  # so does the checksum of state.json
             kept[name] = path.read_bytes()
     return kept

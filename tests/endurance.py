@@ -23,7 +23,7 @@ def main(steps: int, settings: list[str]) -> int:
         command = [sys.executable, "train.py", *run, "checkpoint.every=5", f"train.steps={steps}", *settings]
         process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
         for line in process.stdout:
-            if re.match(r"step +[1-9]", line):  # not the evaluation before training
+            if re.match(r"step +\d+/\d+  reward", line):  # not an evaluation
                 status = Path(f"/proc/{process.pid}/status").read_text()
                 memory.append(int(status.split("VmRSS:")[1].split()[0]) / 1024)
                 files.append(len(list(Path(f"/proc/{process.pid}/fd").iterdir())))

@@ -18,8 +18,7 @@ from fractions import Fraction
 from itertools import accumulate
 from math import ceil, floor
 
-from countdown_task import MAX_EXPRESSION_LENGTH, grade
-from data_types import Problem, Reward
+from countdown_task import MAX_EXPRESSION_LENGTH, Problem, grade
 
 DEEPEST = 200  # parentheses inside parentheses: Python's parser takes no more
 TAGS = ["<think>", "</think>", "<answer>", "</answer>"]
@@ -34,15 +33,16 @@ FORMS = [*["{}", "({})"] * 6, "-{}", "--{}", "+ {}", "+-\n-({})"]  # of a part o
 THOUGHTS = ["", "1 + 2 = 3, no", "\n12 - 7 = 5. too low.\n12 + 7 * 3 = 33. yes\n", "Try (a + b) * c < 10 > 4"]
 
 
-def oracle(response: str, truncated: bool, problem: Problem) -> Reward:
+def oracle(response: str, truncated: bool, problem: Problem) -> dict[str, float]:
     """What `grade` should say, found another way."""
     text = "<think>" + response
     places = [text.find(tag) for tag in TAGS]
     if any(text.count(tag) != 1 for tag in TAGS) or places != sorted(places):
-        return Reward(0.0, 0.0)
+        return {"format": 0.0, "correct": 0.0}
     between = text[places[1] + len("</think>") : places[2]]
     well_formed = not truncated and text.endswith("</answer>") and set(between) <= set(SPACE)
-    return Reward(0.1 * well_formed, 1.0 * solves(text[places[2] + len("<answer>") : places[3]], problem))
+    solved = solves(text[places[2] + len("<answer>") : places[3]], problem)
+    return {"format": 0.1 * well_formed, "correct": 1.0 * solved}
 
 
 def solves(answer: str, problem: Problem) -> bool:
@@ -146,8 +146,9 @@ def hostile_response(rng: random.Random) -> tuple[str, bool, Problem]:
 
 
 def is_fast(case: tuple[str, bool, Problem]) -> bool:
-    """Whether grading takes at most 10 ms of CPU time per 10 kB; other processes do not count."""
-    return timeit.timeit(lambda: grade(*case), timer=time.process_time, number=1) <= 1e-6 * max(10_000, len(case[0]))
+    """Whether grading takes at most 10 ms of CPU time per 10 kB, in one of three tries: the machine may be busy."""
+    bound = 1e-6 * max(10_000, len(case[0]))
+    return any(timeit.timeit(lambda: grade(*case), timer=time.process_time, number=1) <= bound for _ in range(3))
 
 
 def fuzz(count: int, seed: int) -> Counter[str]:
@@ -158,8 +159,9 @@ def fuzz(count: int, seed: int) -> Counter[str]:
         reward = grade(*case)
         assert reward == oracle(*case), f"grade says {reward}, the oracle another: {case!r}"
         assert is_fast(case), f"slow, {len(case[0])} characters: {case!r:.500}"
-        solved, length = reward.correct == 1.0, len(case[0])
-        seen.update(solved=solved, well_formed=reward.format == 0.1, deep=solved and length > 300, long=length > 20_000)
+        solved, length = reward["correct"] == 1.0, len(case[0])
+        well_formed = reward["format"] == 0.1
+        seen.update(solved=solved, well_formed=well_formed, deep=solved and length > 300, long=length > 20_000)
     return seen
 
 

@@ -12,7 +12,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from data_types import Episode, Problem, Sampling
+from countdown_task import Problem
+from data_types import Episode, Sampling
 from qwen2_model import Qwen2, Qwen2Config
 from rollout import Response
 

@@ -49,8 +49,8 @@ class Done(NamedTuple):
         """The episodes of a skipped step."""
         return json.loads((self.folder / "skipped" / f"step-{step:06d}.json").read_text())
 
-    def samples(self) -> str:
-        return (self.folder / "samples.txt").read_text()
+    def samples(self) -> list[dict]:
+        return [json.loads(line) for line in (self.folder / "samples.jsonl").read_text().splitlines()]
 
 
 def set_scores(patch: pytest.MonkeyPatch, scores: list[float]) -> None:

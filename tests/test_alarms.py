@@ -27,10 +27,12 @@ import train
 from alarms import Alarms
 from checkpoint import read_progress
 from config import load_config
-from data_types import Episode, Progress, Reward, RolloutSettings, UserError
+from countdown_task import ASSISTANT_PREFIX as PREFIX
+from data_types import Episode, Progress, RolloutSettings, UserError
 from logbook import Logbook
 from qwen2_model import Qwen2
 from rollout import Response, Sampler
+from task import load_task
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +42,7 @@ def calm(tmp_path_factory) -> Done:
     return done
 
 
-HEALTHY = {"success": 0.4, "groups": 16, "zero_variance": 4, "truncated": 0.1, "entropy": 1.0, "logprob_gap": 1e-7}
+HEALTHY = {"reward_correct": 0.4, "groups": 16, "zero_variance": 4, "truncated": 0.1, "entropy": 1, "logprob_gap": 1e-7}
 BOUNDS = [  # metrics that are still fine, metrics that are not, the first setting that the warning names
     ({"zero_variance": 8}, {"zero_variance": 9}, "rollout.group_size"),
     ({"entropy": 0.1}, {"entropy": 0.0999}, "train.learning_rate"),
@@ -49,35 +51,37 @@ BOUNDS = [  # metrics that are still fine, metrics that are not, the first setti
     ({"logprob_gap": 1e-6}, {"logprob_gap": math.nan}, ""),
     ({"eval_greedy": 0.4}, {"eval_greedy": 0.39}, "train.learning_rate"),
     ({"eval_greedy": 0.3, "eval_greedy_se": 0.06}, {"eval_greedy": 0.2}, "train.learning_rate"),
-    ({"success": 0.05}, {"success": 0.03, "zero_variance": 16}, "train.learning_rate"),  # no larger group cures that
+    ({"best": 10.0, "eval_greedy": 8.1}, {"best": 10.0, "eval_greedy": 7.9}, "train.learning_rate"),  # its own scale
+    ({"best": -5.0, "eval_greedy": -5.9}, {"best": -5.0, "eval_greedy": -6.1}, "train.learning_rate"),
+    ({"reward_correct": 0.05}, {"reward_correct": 0.03, "zero_variance": 16}, "train.learning_rate"),  # nor groups
 ]
 FIRST_SETTING = re.compile(r"(?:rollout|train|data)\.(?!py)[\w*]+|$")
 
 
 def check(alarms: Alarms, capsys, **changes: float | None) -> list[str]:
     """The warnings about the healthy metrics with these changes."""
-    alarms.check(HEALTHY | changes, Progress(best=0.5, best_step=7))
+    alarms.check(HEALTHY | changes, Progress(best=changes.get("best", 0.5), best_step=7))
     return capsys.readouterr().err.splitlines()
 
 
 @pytest.mark.parametrize(("inside", "outside", "setting"), BOUNDS, ids=[str(row[1]) for row in BOUNDS])
 def test_a_warning_comes_just_past_its_bound_and_once(inside, outside, setting, capsys):
     """A bound that is off, or a warning at every step, and nobody reads them any more."""
-    alarms = Alarms(load_config(ROOT / "config_tiny.yml"))
+    alarms = Alarms(load_config(ROOT / "config_tiny.yml"), load_task("countdown"))
     assert check(alarms, capsys, entropy=math.nan) + check(alarms, capsys) + check(alarms, capsys, **inside) == []
     (warning,) = check(alarms, capsys, **outside)
     assert warning.startswith("warning: ")
     assert FIRST_SETTING.search(warning).group() == setting
-    assert ("checkpoints/best-000007" in warning) == bool(outside.keys() & {"success", "eval_greedy"})
+    assert ("checkpoints/best-000007" in warning) == bool(outside.keys() & {"reward_correct", "eval_greedy"})
     assert check(alarms, capsys, **outside) == []
 
 
 def test_what_takes_several_steps_or_several_warnings(capsys):
     """A reward stuck at 0 or 0.1 looks like a slow start; a run that goes wrong goes wrong in several ways."""
-    alarms = Alarms(load_config(ROOT / "config_tiny.yml", ["model.dtype=bfloat16"]))
+    alarms = Alarms(load_config(ROOT / "config_tiny.yml", ["model.dtype=bfloat16"]), load_task("countdown"))
     for _ in range(2):  # one right answer starts the count anew
-        assert [check(alarms, capsys, success=value) for value in [1 / 256] + [0.0] * 9] == [[]] * 10
-    (warning,) = check(alarms, capsys, success=0.0)
+        assert [check(alarms, capsys, reward_correct=value) for value in [1 / 256] + [0.0] * 9] == [[]] * 10
+    (warning,) = check(alarms, capsys, reward_correct=0.0)
     assert FIRST_SETTING.search(warning).group() == "data.*"
     assert check(alarms, capsys, logprob_gap=0.02) == [], "real Qwen2.5 weights in bf16 have 0.011"
     outside = {"zero_variance": 15, "truncated": 1.0, "entropy": 0.001, "logprob_gap": 0.06, "eval_greedy": 0.0}
@@ -162,7 +166,7 @@ def test_one_bad_number_in_one_step_costs_that_step_and_no_more(place, calm, tmp
             assert done.tensors(2, file) == done.tensors(1, file) != done.tensors(3, file)
     if not BAD_NUMBERS[place]:
         assert (calls, done.metrics()[:2], done.tensors(1)) == ([ROWS] * 3, calm.metrics()[:2], calm.tensors(1))
-        assert all(f"<think>{episode['text']}" in calm.samples() for episode in done.skipped(2))
+        assert [s["response"] for s in calm.samples()[ROWS:][:ROWS]] == [PREFIX + e["text"] for e in done.skipped(2)]
 
 
 def small_card(patch, after: Path | None = None, **most: float) -> None:
@@ -271,7 +275,7 @@ def test_the_smallest_micro_batch_is_the_longest_row_that_is_run(tmp_path, monke
         return [Response([5] * length, [-1.0] * length, truncated=length == 48) for length in lengths]
 
     monkeypatch.setattr(Sampler, "generate", generate)
-    rewards = [Reward(0.0, float(n % 2 and n % 16 < 12)) for n in range(99)]
+    rewards = [{"correct": float(n % 2 and n % 16 < 12)} for n in range(99)]
     monkeypatch.setattr(train, "grade", Mock(side_effect=rewards))
     small_card(monkeypatch, update=30)
     done = run(tmp_path / "run", "train.truncated=mask", "train.steps=1")

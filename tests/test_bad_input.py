@@ -25,7 +25,8 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import TENSORS, EventAccumulator
 
 import train
-from config import SETTINGS
+from config import SECTIONS, settings
+from countdown_task import ASSISTANT_PREFIX, Settings
 from logbook import printable
 from tokenizer import Tokenizer
 
@@ -98,12 +99,14 @@ VALUES = """rollout.group_size=1 rollout.group_size=16.0 rollout.questions_per_s
     train.objective=ppo train.updates_per_batch=0 train.clip_low=2 train.clip_high=0 train.ratio_cap=-2
     train.divide_loss_by=token train.truncated=drop train.penalty_tokens=0 train.tokens_per_microbatch=8k
     train.activation_checkpointing=off train.max_skips=0 train.threads=-2 model.path= model.revision=[main]
-    model.device=gpu model.dtype=float16 data.path=null data.revision={} data.held_out=0 data.fewest_numbers=1
-    data.fewest_numbers=7 data.most_numbers=7 data.most_numbers=1 data.target_low=low data.target_low=0
-    data.target_high=1.5 eval.every=-1 checkpoint.every=-5 checkpoint.keep=0 output.folder= output.samples=two"""
+    model.device=gpu model.dtype=float16 data.task=../run data.path=null data.path={} data.revision={} data.held_out=0
+    data.fewest_numbers=1 data.fewest_numbers=7 data.most_numbers=7 data.most_numbers=1 data.target_low=low
+    data.target_low=0 data.target_high=1.5 eval.every=-1 checkpoint.every=-5 checkpoint.keep=0 output.folder=
+    output.samples=two"""
 LONG = "x" * 300
 HOSTILE_NAME = "a\x1b[2J\x1b]0;owned\x07\u202e\r\n\u2028train.py: all is well"  # hides an error, or forges another
 nothing = Mock()  # is wrong with a file
+EVERY_SETTING = settings(SECTIONS | {"data": Settings}).keys()
 TABLE = [  # damage, arguments, words
     # the config, and overrides; test_config.py has the rest
     *[(put("config.yml", content), [], f"config.yml {words}") for content, words in {
@@ -143,7 +146,7 @@ TABLE = [  # damage, arguments, words
         "state.json", "config.json", "tokenizer.json", "model.safetensors", "optimizer.safetensors")],
     # train.steps=3 would show in a config.yml that was written before the files were looked at
     *[(damage(f"{OLD}/{file}"), ["--resume", OLD, "train.steps=3"], f"{OLD} {file}")
-      for damage in (lose, halved) for file in ("metrics.jsonl", "samples.txt")],
+      for damage in (lose, halved) for file in ("metrics.jsonl", "samples.jsonl")],
     *[(damage, ["--resume", OLD], f"{OLD}/checkpoints/step-000003") for damage in (
         put(f"{OLD}/checkpoints/step-000003", ""), folder_at(f"{OLD}/checkpoints/step-000003"))],
     # the model; test_model_folder.py has the rest
@@ -161,6 +164,7 @@ TABLE = [  # damage, arguments, words
     (halved("data.parquet"), [], "data.parquet nums target"), (folder_at("data.parquet"), [], "data.parquet holds no"),
     (put("model/problems.parquet", ""), ["data.path=model"], "model/problems.parquet"),  # there is a good one besides
     (table(nums=[[3, math.nan]], target=[10]), [], "data.parquet nums target row 0"),
+    (nothing, ["data.path="], "data.path missing"),
     (nothing, ["data.target_low=20", "data.target_high=15"], "data.parquet data.target_high"),
 ]  # fmt: skip
 NEW = ["--config", "config.yml"]
@@ -223,10 +227,10 @@ def test_bad_input_gets_one_line_and_leaves_no_trace(row, workplace, capfd, recw
 
 
 def test_every_setting_has_a_row():
-    assert {argument.partition("=")[0] for _, arguments, _ in TABLE for argument in arguments} >= set(SETTINGS)
+    assert {argument.partition("=")[0] for _, arguments, _ in TABLE for argument in arguments} >= EVERY_SETTING
 
 
-@pytest.mark.parametrize("arguments", [[], [*NEW, "--resume", OLD], ["--resume", OLD, "--name", "new"]])
+@pytest.mark.parametrize("arguments", [[*NEW, "--resume", OLD], ["--resume", OLD, "--name", "new"]])
 def test_a_run_is_either_new_or_resumed(arguments, workplace, capfd):
     with pytest.raises(SystemExit) as end:
         train.main(arguments)
@@ -260,7 +264,7 @@ HOSTILE = [
 
 
 def test_hostile_responses_do_no_harm_wherever_they_are_shown(workplace, monkeypatch, capfd):
-    """`cat samples.txt` must not clear the screen, nor TensorBoard run a script; what harms nobody stays as it is.
+    """`cat samples.jsonl` must not clear the screen, nor TensorBoard run a script; and nothing is lost.
 
     The loss is nan, so that the batch is written out too: half a surrogate pair ended the run there.
     """
@@ -270,11 +274,11 @@ def test_hostile_responses_do_no_harm_wherever_they_are_shown(workplace, monkeyp
     settings = ["train.steps=1", "data.held_out=1", "rollout.group_size=16", "output.samples=16"]
     assert train.main([*NEW, "--name", "new", *settings]) == 0
     run, said = Path("runs/new"), "".join(capfd.readouterr())
-    samples = (run / "samples.txt").read_text()
-    assert dangerous(said + samples) == ""
+    lines = (run / "samples.jsonl").read_bytes().splitlines()
+    assert dangerous(said + "".join(line.decode("ascii") for line in lines)) == ""
     assert len(said) < 5000
-    assert all(printable(f"<think>{hostile}") in samples for hostile in HOSTILE), "nothing is lost"
-    assert f"<think>{HARMLESS}" in samples
+    samples = [json.loads(line) for line in lines]
+    assert sorted(sample["response"] for sample in samples) == sorted(ASSISTANT_PREFIX + text for text in HOSTILE)
     evidence = (run / "skipped" / "step-000001.json").read_bytes()
     assert evidence.isascii()
     assert sorted(episode["text"] for episode in json.loads(evidence)) == sorted(HOSTILE)
@@ -283,5 +287,8 @@ def test_hostile_responses_do_no_harm_wherever_they_are_shown(workplace, monkeyp
     for text in shown:
         assert re.findall("<[^>]*>?", text) == ["<pre>", "</pre>"], "the only tags are ours"
         assert not set("'\"") & set(text)
-    expected = [f"<pre>{sample.removesuffix(chr(10) * 2)}</pre>" for sample in samples.split("--- ")[1:]]
-    assert sorted(map(html.unescape, shown)) == sorted(expected)
+    plain = [html.unescape(text) for text in shown]
+    assert all(any(printable(sample["response"]) in text for text in plain) for sample in samples)
+    assert any(HARMLESS in text for text in plain), "what harms nobody stays as it is"
+    groups = {tag.partition("/")[0] for tag in events.Tags()["scalars"]}
+    assert groups == {"rollout", "reward", "update", "eval", "time"}

@@ -9,13 +9,16 @@ import yaml
 from hypothesis import given, settings, strategies as st
 
 import data_types as types
-from config import SETTINGS, dump_config, load_config
+import train
+from config import SECTIONS, dump_config, load_config, settings as settings_of
+from countdown_task import Settings
 from data_types import Config, UserError
 
 ROOT = Path(__file__).resolve().parent.parent
 # a file needs no more than this; values as a person types them
 REQUIRED = {"rollout": {"max_new_tokens": "64"}, "train": {"learning_rate": "1e-6", "steps": "5"},
-            "model": {"path": "tiny"}, "data": {"path": "numbers"}}  # fmt: skip
+            "model": {"path": "tiny"}}  # fmt: skip
+SETTINGS = settings_of(SECTIONS | {"data": Settings})
 
 
 def text_of(sections: dict[str, dict[str, str]]) -> str:
@@ -55,7 +58,7 @@ def test_the_configs_of_the_repository_load_and_read_back_equal(name, load):
 def test_the_smallest_file_gives_every_other_setting_its_default(load):
     expected = Config(
         rollout=types.RolloutSettings(max_new_tokens=64), train=types.TrainSettings(learning_rate=1e-6, steps=5),
-        model=types.ModelSettings(path="tiny"), data=types.DataSettings(path="numbers"), eval=types.EvalSettings(),
+        model=types.ModelSettings(path="tiny"), data=Settings(), eval=types.EvalSettings(),
         checkpoint=types.CheckpointSettings(), output=types.OutputSettings(),
     )  # fmt: skip
     for text in (SMALLEST, SMALLEST + "eval:\n", SMALLEST + "eval: {}\n", "\ufeff" + SMALLEST.replace("\n", "\r\n")):
@@ -89,7 +92,7 @@ def test_overrides_come_after_the_file_and_the_last_one_wins(load):
     overrides = ["rollout.group_size=8", "eval.every=0", "rollout.group_size=32"]
     loaded = load(with_value("rollout.group_size", "4"), *overrides)
     assert (loaded.rollout.group_size, loaded.eval.every) == (32, 0)
-    required = ["data.path=numbers", "train.learning_rate=3e-4", "train.steps=2", "rollout.max_new_tokens=9"]
+    required = ["train.learning_rate=3e-4", "train.steps=2", "rollout.max_new_tokens=9"]
     assert load("model: {path: tiny}\n", *required).train.learning_rate == 3e-4
     load(SMALLEST, "train.updates_per_batch=2", "train.objective=clipped")
 
@@ -127,12 +130,17 @@ MISTAKES = [  # content of the file, overrides, what the message names
     *((f"train: {value}", [], "train") for value in ("3", "[steps, 3]", "\n  learning_rate:1e-6\n")),
     ("rolout: {}\n", [], "rolout.* rollout"), ("Train: {steps: 3}\n", [], "Train.* train"), ("x: {}\n", [], " x"),
     ("train: {learning_rat: 3}\n", [], r"train\.learning_rat\b.* train\.learning_rate"),
-    ("train: {group_size: 3}\n", [], r"train\.group_size.* rollout\.group_size"), ("eval: {lr: 3}\n", [], "eval.lr"),
+    ("train: {group_size: 3}\n", [], r"train\.group_size.* rollout\.group_size"),
     ("train:\n\tsteps: 3\n", [], "line 2"), ("train:\n  seed: 3\n steps: 1\n", [], "line 3"),
     ("train: {}\n---\nmodel: {}\n", [], "line 2"), ("? [a]\n: 3\n", [], "line 1"), ("a: \x07\n", [], ""),
     (b"model:\n  path: caf\xe9\n", [], "utf-8"), ("train: {}\n".encode("utf-16"), [], "utf-8"),
     (SMALLEST, ["rollout.group_size"], "section.key=value"), (SMALLEST, ["rollout.group_size:16"], "section.key=value"),
-    (SMALLEST, ["group_size=16"], r"rollout\.group_size"), (SMALLEST, ["train.learningrate=1"], "train.learning_rate"),
+    # as other trainers call it, and settings without their section
+    (SMALLEST, ["train.lr=1e-6"], r"train\.lr.* train\.learning_rate"), (SMALLEST, ["lr=1"], r"train\.learning_rate"),
+    (SMALLEST, ["train.epsilon=0.2"], r"train\.epsilon.* train\.clip_low"), ("lr: 3\n", [], r"train\.learning_rate"),
+    *((SMALLEST, [f"train.{name}=0.1"], rf"train\.{name}.* grpo\.py") for name in ("kl_coef", "beta")),
+    (SMALLEST, ["group_size=9"], r"rollout\.group_size"), ("group_size: 9\n", [], r"rollout\.group_size"),
+    (SMALLEST, ["train.learningrate=1"], "train.learning_rate"),
     (SMALLEST, ["a\nb\x1b[31m\u202e\ud800 é=1"], r" a\\nb\\x1b\[31m\\u202e\\ud800 é"),  # one harmless line
     (SMALLEST, ["rollout.group.size=16"], ""), (SMALLEST, ["eval=3"], ""), (SMALLEST, ["=16"], ""),
     (SMALLEST, ["train.steps==5"], "train.steps is =5"), (SMALLEST, ["data.path=[3"], "YAML"),
@@ -149,9 +157,28 @@ def test_a_mistake_gets_one_line_that_names_it(load, content, overrides, named):
     assert re.search(named, complaint(load, content, *overrides))
 
 
+def test_help_lists_every_setting_with_its_default(capsys):
+    with pytest.raises(SystemExit) as end:
+        train.main(["--help"])
+    told = dict(re.findall(r"^ +(\w+\.\w+) +(\S+) +\w", capsys.readouterr().out, re.MULTILINE))
+    words = {types.REQUIRED: "(required)", "": "(empty)"}
+    defaults = {name: words.get(spec.default, f"{spec.default}".lower()) for name, spec in SETTINGS.items()}
+    assert (end.value.code, told) == (0, defaults)
+
+
+@pytest.mark.parametrize("typed", [[], ["my.yml"], ["train.steps=3", "my.yml"], ["my.yml", "--name", "x"]], ids=str)
+def test_without_a_config_two_lines_say_how_to_start_and_to_resume(typed, capsys):
+    """argparse would print its usage, or complain of an override that a person never meant."""
+    assert train.main(typed) == 2
+    first, second = capsys.readouterr().err.splitlines()
+    assert first.endswith(f"train.py --config {'my.yml' if 'my.yml' in typed else 'config_tiny.yml'}")
+    assert "--resume" in second
+
+
 LOOKALIKES = ["true", "1e-6", "010", "no", "None", "a: b", "- a", "#a", "*a", "!a", "=", "<<", "'", '"', "[", " a ",
               "é 数 🙂", "2024-01-31", "x " * 100, "null", "~"]  # fmt: skip  # YAML would misread or fold them
-WORDS = st.sampled_from(LOOKALIKES) | st.text(min_size=1).filter(lambda text: text.isprintable() and text.strip())
+TEXTS = st.text(min_size=1).filter(lambda text: text.isprintable() and text.strip() and text[:2] != "~/")  # a home
+WORDS = st.sampled_from(LOOKALIKES) | TEXTS
 
 
 @settings(derandomize=True, deadline=None, max_examples=100)
@@ -159,7 +186,7 @@ WORDS = st.sampled_from(LOOKALIKES) | st.text(min_size=1).filter(lambda text: te
 def test_a_dump_reads_back_equal(tmp_path_factory, path, revision, rate, low):
     file = tmp_path_factory.getbasetemp() / "dumped.yml"
     tiny = load_config(ROOT / "config_tiny.yml")
-    model, data = types.ModelSettings(path=path, revision=revision), types.DataSettings(path=path, target_low=low)
+    model, data = types.ModelSettings(path=path, revision=revision), Settings(path=path, target_low=low)
     written = replace(tiny, model=model, data=data, train=replace(tiny.train, learning_rate=rate, divide_by_std=False))
     file.write_text(dump_config(written), encoding="utf-8")
     assert load_config(file) == written

@@ -4,6 +4,7 @@ import itertools
 import random
 import re
 from collections import Counter
+from dataclasses import replace
 from fractions import Fraction
 from functools import cache, partial
 from pathlib import Path
@@ -18,11 +19,12 @@ from small_hub import small_hub
 
 import countdown_task as task
 import hub
-from countdown_task import grade, load_problems, problem_order, question_text, split_problems
-from data_types import DataSettings, Problem, UserError
+from countdown_task import Problem, Settings, grade, load_problems, question_text
+from data_types import UserError
 from make_tiny import generate_problems, reachable_values
+from task import load_task, problem_order, split_problems
 
-PUZZLE = Problem((3, 7, 12), 33)
+COUNTDOWN, PUZZLE = load_task("countdown"), Problem((3, 7, 12), 33)
 X = "12 + 7 * 3"  # its solution
 
 
@@ -75,8 +77,8 @@ RESPONSES = {  # (format, correct): what was sampled after "<think>"
 def test_format(reward):
     for response in RESPONSES[reward]:
         found = grade(response, False, PUZZLE)
-        assert (found.format, found.correct, found.total) == (*reward, sum(reward)), response
-        assert grade(response, True, PUZZLE).total == reward[1]  # truncated: nothing for the format
+        assert found == dict(zip(("format", "correct"), reward, strict=True)), response
+        assert grade(response, True, PUZZLE) == {**found, "format": 0.0}  # truncated: nothing for the format
 
 
 LONGEST = "-" * (task.MAX_EXPRESSION_LENGTH - 5) + "(3+7)"
@@ -125,7 +127,7 @@ EXPRESSIONS = [  # numbers, target, right answers, wrong answers
 def test_expression(numbers, target, right, wrong):
     for answer in right + wrong:
         reward = grade(f"</think>\n<answer>{answer}</answer>", False, Problem(numbers, target))
-        assert (reward.format, reward.correct) == (0.1, float(answer in right)), answer
+        assert reward == {"format": 0.1, "correct": float(answer in right)}, answer
 
 
 def test_hostile_responses_agree_with_the_oracle_in_bounded_time():
@@ -148,7 +150,7 @@ def test_monsters_neither_raise_nor_take_long(piece, end, place):
     """A quadratic regular expression or a deep recursion would need hours or overflow the stack here."""
     case = (place.format(piece * (1_000_000 // len(piece)) + end), False, PUZZLE)
     assert is_fast(case)
-    assert grade(*case).correct == float(place != PLACES[0] and not end.endswith(("answer>", "think>")))
+    assert grade(*case)["correct"] == float(place != PLACES[0] and not end.endswith(("answer>", "think>")))
 
 
 @cache
@@ -187,7 +189,9 @@ def write(file: Path, nums: object, target: object) -> Path:
 
 
 def load(path: str | Path, **filters: Any) -> list[Problem]:
-    return load_problems(DataSettings(path=str(path), **filters))
+    """As a run does."""
+    data = Settings(path=str(path), **filters)
+    return load_problems(replace(data, path=str(hub.find_data(data))))
 
 
 def refusal(path: str | Path, **filters: Any) -> str:
@@ -226,7 +230,7 @@ def test_a_bad_row_is_dropped_counted_and_shown(tmp_path, capsys, nums, target):
     """The good rows around it survive, even though one hole makes pandas read the whole column as floats."""
     file = write(tmp_path / "a\x1b[31m.parquet", [[3, 7], nums, nums, [4, 5]], [10, target, target, 9])
     assert load(file) == [Problem((3, 7), 10), Problem((4, 5), 9)]
-    said = capsys.readouterr().out.removesuffix("\n")
+    said = capsys.readouterr().err.removeprefix("warning: ").removesuffix("\n")
     assert all(part in said for part in (str(UserError(str(file))), "2 of 4 rows", "row 1"))
     assert said.isprintable()  # one harmless line
 
@@ -306,20 +310,20 @@ def test_train_and_held_out_share_no_problem_whatever_the_order_of_rows():
     rng = random.Random(0)
     rows = [Problem(tuple(rng.sample(p.numbers, 3)), p.target) for p in generate_problems(3, 1, 9, 10, 50) * 3]
     rng.shuffle(rows)
-    train, held_out = split_problems(rows, 100)
+    train, held_out = split_problems(COUNTDOWN, rows, 100)
     held_keys = keys(held_out)
     assert len(held_out) == len(held_keys) == 100
     assert set(held_out) <= set(rows)
     assert train == [row for row in rows if not keys([row]) & held_keys]  # and no other row is lost
-    train_too, held_out_too = split_problems(rng.sample(rows, len(rows)), 100)
+    train_too, held_out_too = split_problems(COUNTDOWN, rng.sample(rows, len(rows)), 100)
     assert (held_out, Counter(train)) == (held_out_too, Counter(train_too))
 
 
 def test_a_filter_moves_no_problem_into_training():
     """What was held out before and passes the filter stays held out. (And the hash favours no targets.)"""
     problems = generate_problems(3, 1, 12, 10, 100)
-    _, before = split_problems(problems, 300)
-    _, after = split_problems([p for p in problems if p.target <= 60], 300)
+    _, before = split_problems(COUNTDOWN, problems, 300)
+    _, after = split_problems(COUNTDOWN, [p for p in problems if p.target <= 60], 300)
     assert {p for p in before if p.target <= 60} <= set(after)
     mean, mean_before = (sum(p.target for p in some) / len(some) for some in (problems, before))
     assert abs(mean - mean_before) < 5
@@ -327,16 +331,16 @@ def test_a_filter_moves_no_problem_into_training():
 
 def test_the_split_is_the_same_in_every_process_and_version():
     """A checkpoint trained on one split and judged on another would have seen its questions."""
-    _, held_out = split_problems(generate_problems(3, 1, 9, 10, 50), 3)
+    _, held_out = split_problems(COUNTDOWN, generate_problems(3, 1, 9, 10, 50), 3)
     assert held_out == [Problem((7, 7, 9), 14), Problem((2, 7, 9), 25), Problem((6, 6, 7), 29)]
 
 
 def test_too_few_problems_to_split():
     problems = [Problem((1, 2), 3), Problem((2, 1), 3), Problem((1, 3), 4)]
-    assert [len(side) for side in split_problems(problems, 1)] in ([1, 1], [2, 1])
+    assert [len(side) for side in split_problems(COUNTDOWN, problems, 1)] in ([1, 1], [2, 1])
     for held_out in (2, 3, 512):
         with pytest.raises(UserError, match=rf"^2 .*{held_out}.*data\.held_out"):
-            split_problems(problems, held_out)
+            split_problems(COUNTDOWN, problems, held_out)
 
 
 def test_the_order_is_a_function_of_seed_and_epoch():

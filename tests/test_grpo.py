@@ -20,7 +20,8 @@ from torch import Tensor
 
 import grpo
 from config import load_config
-from data_types import Config, Episode, Problem, Reward, Sampling
+from countdown_task import Problem
+from data_types import Config, Episode, Sampling
 from optimizer import AdamW
 from qwen2_model import Qwen2
 from rollout import Sampler
@@ -38,7 +39,7 @@ def config_with(group_size: int = GROUP, **train: object) -> Config:
 
 
 def episode_of(length: int = 1, reward: float = 0.0, truncated: bool = False) -> Episode:
-    return Episode(Problem((1, 2), 3), [0], [1] * length, [-1.0] * length, truncated, "", Reward(0.0, reward))
+    return Episode(Problem((1, 2), 3), [0], [1] * length, [-1.0] * length, truncated, "", {"all": reward})
 
 
 # ---- By hand -----------------------------------------------------------------------------------------------------
@@ -70,6 +71,7 @@ def test_a_zero_variance_group_gets_exactly_zero(reward: float, size: int):
     for divide_by_std in (True, False):
         values, zero_variance = advantages([reward] * size + [0.0] + [1.0] * (size - 1), size, divide_by_std)
         assert (values[:size], zero_variance, all(values[size:])) == ([0.0] * size, 1, True)
+    assert advantages([0.1 + 0.2, 0.3] * size, 2 * size, True) == ([0.0] * 2 * size, 1), "terms in another order"
 
 
 def test_the_length_penalty_by_hand():
@@ -78,7 +80,7 @@ def test_the_length_penalty_by_hand():
     config = config_with(4, truncated="penalize", penalty_tokens=4)
     assert [grpo.length_penalty(e, config) for e in episodes] == [0.0, -0.25, -0.5, -1.0]
     assert [grpo.assign_advantages(episodes, c) for c in (config, config_with(4, truncated="keep"))] == [0, 1]
-    assert all(e.reward.total == 1.0 for e in episodes)  # what is logged stays the task's own reward
+    assert all(e.reward == 1.0 for e in episodes)  # what is logged stays the task's own reward
 
 
 @pytest.mark.parametrize(
@@ -159,7 +161,8 @@ def sampled_episodes(policy: Qwen2, sampling: Sampling = UNCUT, noise: float = 0
     responses = Sampler(policy, range(0, VOCABULARY, 8)).generate(prompts, uniforms, sampling)
     episodes = as_episodes(responses, prompts)
     for row, e in enumerate(episodes):
-        e.reward = Reward(0.1, float(row // GROUP % 3 == 0 or row % GROUP == 1))  # two zero-variance groups
+        right = row // GROUP % 3 == 0 or row % GROUP == 1  # two zero-variance groups
+        e.rewards = {"format": 0.1, "correct": float(right)}
         e.old_logprobs = [logprob + noise * random.normal() for logprob in e.old_logprobs]
         e.response_ids[0] = row if noise else e.response_ids[0]  # outside top-k and top-p it must not be -inf
     assert 0 < sum(e.truncated for e in episodes) < 13
@@ -197,14 +200,14 @@ def plain_update(policy: Qwen2, episodes: list[Episode], sampling: Sampling, con
     policy, train = copy.deepcopy(policy).double(), config.train
     counts = np.array([len(e.response_ids) for e in episodes])
     kept = np.array([not (e.truncated and train.truncated == "mask") for e in episodes])
-    scores = np.array([e.reward.total for e in episodes])
+    scores = np.array([e.rewards["format"] + e.rewards["correct"] for e in episodes])
     if train.truncated == "penalize":
         scores += np.minimum(0.0, (LIMIT - train.penalty_tokens - counts) / train.penalty_tokens)
     loss, figures = torch.zeros(()), []  # figures: of the rows that need to run
     for row, e in enumerate(episodes):
         group = scores[row - row % GROUP :][:GROUP]
         std = group.std() if train.divide_by_std else 1.0
-        advantage = (scores[row] - group.mean()) / std if np.ptp(group) else 0.0
+        advantage = (scores[row] - group.mean()) / std if np.ptp(group) > 1e-9 else 0.0
         divisors = {"tokens": counts[kept].sum(), "responses": kept.sum() * counts[row], "limit": kept.sum() * LIMIT}
         distribution = plain_logprobs(policy, e, sampling)
         logprobs = distribution[range(counts[row]), e.response_ids]
@@ -315,10 +318,10 @@ def test_a_long_gradient_is_scaled_to_the_bound(device: str, bound: float):
 
 
 USELESS = {
-    "a nan reward": lambda batch: [*batch[:-1], replace(batch[-1], reward=Reward(math.nan, 0.0))],
+    "a nan reward": lambda batch: [*batch[:-1], replace(batch[-1], rewards={"correct": math.nan})],
     "nan logprobs": lambda batch: [replace(e, old_logprobs=[math.nan] * len(e.old_logprobs)) for e in batch],
     "an infinite norm": lambda batch: [replace(e, old_logprobs=[-80.0] * len(e.old_logprobs)) for e in batch],
-    "only zero variance": lambda batch: [replace(e, reward=Reward(0.1, 1.0)) for e in batch],
+    "only zero variance": lambda batch: [replace(e, rewards={"format": 0.1, "correct": 1.0}) for e in batch],
     "only masked responses": lambda batch: [replace(e, truncated=True) for e in batch],
 }
 

@@ -24,7 +24,8 @@ from small_hub import COMMIT, small_hub
 import checkpoint
 import hub
 import train
-from data_types import Problem, Reward, Sampling
+from countdown_task import Problem, grade
+from data_types import Sampling
 from model_folder import load_model, read_small_files, save_model, save_tensors
 from qwen2_model import Qwen2, Qwen2Config
 from rollout import Decoder, Sampler
@@ -33,7 +34,7 @@ CONFIG = """{rollout: {max_new_tokens: 6, group_size: 4, questions_per_step: 2},
 train: {learning_rate: 1e-2, steps: 3, threads: 1}, model: {path: model, device: cpu},
 data: {path: problems.parquet, held_out: 2}, checkpoint: {every: 1, keep: 9}}"""
 NEW, RESUME, NIGHT = ("--config", "config.yml", "--name", "night"), ("--resume", "runs/night"), Path("runs/night")
-WEIGHTS, LOGS, grade = "model.safetensors", [NIGHT / "metrics.jsonl", NIGHT / "samples.txt"], train.grade
+WEIGHTS, LOGS = "model.safetensors", [NIGHT / "metrics.jsonl", NIGHT / "samples.jsonl"]
 
 
 @pytest.fixture(autouse=True)
@@ -49,7 +50,7 @@ def _workplace(tmp_path, monkeypatch):
     save_model(policy, small_files, Path("model"))
     pandas.DataFrame({"nums": [[3, n] for n in range(1, 21)], "target": range(11, 31)}).to_parquet("problems.parquet")
     Path("config.yml").write_text(CONFIG)
-    monkeypatch.setattr(train, "grade", lambda text, *_: Reward(0.1, sum(text.encode()) % 2))
+    monkeypatch.setattr(train, "grade", lambda _, e: {"format": 0.1, "correct": sum(e.text.encode()) % 2.0})
 
 
 def main(*typed: str) -> Done:
@@ -87,7 +88,7 @@ def test_of_two_runs_at_the_same_time_one_is_refused(typed, monkeypatch):
 
     assert typed[0] == "--config" or main(*NEW).status == 0
     monkeypatch.setattr(time, "strftime", lambda *_: "night")
-    monkeypatch.setattr(train, "grade", lambda *_: time.sleep(0.03) or Reward(0.1, 0.0))  # a run takes a second
+    monkeypatch.setattr(train, "grade", lambda *_: time.sleep(0.03) or {"correct": 0.0})  # a run takes a second
     both = [multiprocessing.get_context("fork").Process(target=child, args=(number,)) for number in range(2)]
     for process in both:
         process.start()
@@ -119,7 +120,8 @@ def test_neither_lost_output_nor_a_hangup_under_nohup_stops_a_run():
         assert program("--name", "full", stdout=full, stderr=full).wait(60) == 0
     assert Path("runs/full/final", WEIGHTS).exists()
     process = program("train.steps=9", before=("nohup",), stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
-    assert [process.stdout.readline()[:4] for _ in range(2)] == [b"step"] * 2
+    while b"reward" not in process.stdout.readline():  # the first step is done
+        pass
     process.stdout.close()
     process.send_signal(SIGHUP)
     assert (process.wait(60), steps(), (NIGHT / "final" / WEIGHTS).exists()) == (0, list(range(10)), True)
@@ -144,7 +146,7 @@ def test_a_terminal_that_closes_stops_a_run_once_it_is_saved():
 
 @pytest.mark.parametrize("more", ["rollout.max_draws=1", "rollout.max_draws=2", "train.truncated=mask"])
 def test_a_step_without_variance_is_measured_and_moves_nothing(more, monkeypatch):
-    flat, update = lambda *_: Reward(0.1, 0.0), train.update
+    flat, update = lambda *_: {"format": 0.1, "correct": 0.0}, train.update
     monkeypatch.setattr(train, "update", lambda *of: monkeypatch.setattr(train, "grade", flat) or update(*of))
     done = main(*NEW, "train.weight_decay=0.1", more)  # the first step has variance
     assert (done.status, done.tensors(1) == done.tensors(Path("model").absolute())) == (0, "mask" in more)
@@ -245,7 +247,7 @@ def test_a_resume_notices_what_has_changed(monkeypatch):
 
 
 def test_names_with_a_tilde_or_terminal_codes_and_answers_without_white_space(monkeypatch):
-    assert grade("3 * 7 = 21</think><answer>3 * 7</answer>", False, Problem((3, 7), 21)) == Reward(0.1, 1.0)
+    assert sum(grade("3 * 7 = 21</think><answer>3 * 7</answer>", False, Problem((3, 7), 21)).values()) == 1.1
     monkeypatch.setenv("HOME", str(Path.cwd()))
     assert main(*NEW, "output.folder=~/x", "train.steps=1").status == 0
     assert main("--resume", "night", "output.folder=~/x", "train.steps=2").status == 0

@@ -62,7 +62,7 @@ def killed(run: Path, folder: Path, *steps: int) -> Path:
     shutil.copytree(run, folder, ignore=shutil.ignore_patterns("final", *others), copy_function=copy)
     for name in ("checkpoints/step-000009.partial", "checkpoints/best-000009.partial", "final.partial"):
         shutil.copytree(run / "final", folder / name, copy_function=copy)
-    for name in ("config.yml.partial", "metrics.jsonl", "samples.txt"):
+    for name in ("config.yml.partial", "metrics.jsonl", "samples.jsonl"):
         with open(folder / name, "a") as file:
             file.write('{"step": 9, "reward": 0.')
     return folder

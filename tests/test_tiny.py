@@ -15,10 +15,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 
 import make_tiny
 from config import load_config
-from countdown_task import ASSISTANT_PREFIX, grade, load_problems, question_text, split_problems
-from data_types import DataSettings, Problem, Sampling
+from countdown_task import ASSISTANT_PREFIX, Problem, Settings, examine, grade, load_problems, question_text
+from data_types import Sampling
 from model_folder import load_model
 from rollout import Sampler
+from task import load_task, split_problems
 from tokenizer import Tokenizer
 
 TINY = Path(__file__).resolve().parent.parent / "tiny"
@@ -27,7 +28,8 @@ TINY = Path(__file__).resolve().parent.parent / "tiny"
 @cache
 def tiny():
     """Policy, tokenizer, training problems, held-out problems and their prompts."""
-    training, held_out = split_problems(load_problems(DataSettings(path=str(TINY / "problems.parquet"))), 512)
+    problems = load_problems(Settings(path=str(TINY / "problems.parquet")))
+    training, held_out = split_problems(load_task("countdown"), problems, 512)
     prompts = [Tokenizer(TINY).encode_prompt(question_text(p), ASSISTANT_PREFIX) for p in held_out]
     return load_model(TINY, torch.device("cpu"), torch.float32), Tokenizer(TINY), training, held_out, prompts
 
@@ -73,7 +75,7 @@ def test_no_held_out_problem_was_ever_trained_on():
     """Neither by GRPO nor by make_tiny.py."""
     data = load_config(TINY.parent / "config_tiny.yml").data
     assert (TINY.parent / data.path, data.held_out) == (TINY / "problems.parquet", 512)
-    sides = *tiny()[2:4], load_problems(DataSettings(path=str(TINY / "sft_problems.parquet")))
+    sides = *tiny()[2:4], load_problems(Settings(path=str(TINY / "sft_problems.parquet")))
     training, held_out, taught = ({(*sorted(p.numbers), p.target) for p in side} for side in sides)
     assert (len(training), len(held_out)) == (5435, 512)
     assert not held_out & training
@@ -87,12 +89,19 @@ def test_able_but_poor():
     responses = Sampler(policy, tokenizer.end_ids).generate(prompts, uniforms, Sampling())
     texts = [tokenizer.decode(response.ids[:-1]) for response in responses]
     rewards = [grade(text, r.truncated, p) for text, r, p in zip(texts, responses, held_out, strict=True)]
-    assert sum(r.format > 0 for r in rewards) / 512 > 0.97
-    assert 0.15 <= sum(r.correct for r in rewards) / 512 <= 0.40
+    assert sum(r["format"] > 0 for r in rewards) / 512 > 0.97
+    assert 0.15 <= sum(r["correct"] for r in rewards) / 512 <= 0.40
     equations = [equation for text in texts for equation in re.findall(r"(\d+[-+*/]\d+)=(\d+)", text)]
     right = sum(evaluate(left)[0] == int(result) for left, result in equations if not left.endswith("/0"))
     assert len(equations) > 1000
     assert right / len(equations) > 0.97
+
+
+def test_examining_traces_by_hand():
+    """Four of six equations are right, one of two hits is, and so is the one miss."""
+    texts = ["8+6=14, 14*3=42 no\n9/3=4, 4+6=10 yes", "7-8=1, 1*3=3 yes\n7-8=1 9/0=0, 0+", "6/0=0, 1+0 = 1 no"]
+    found = examine(texts, [Problem((3, 6, 8), target) for target in (10, 4, 9)])
+    assert found == {"tries per response": 1.0, "equations right": 4 / 6, "`yes` true": 0.5, "`no` true": 1.0}
 
 
 @pytest.mark.parametrize("lesson", make_tiny.Recipe().lessons)
@@ -110,7 +119,7 @@ def test_traces_are_honest_and_their_arithmetic_is_right(lesson):
             assert (verdict == "yes") == (int(result) == problem.target)
         assert all(line[-1] == "no" for line in lines[:-1])  # the first hit ends the search
         assert evaluate(answer) == (int(lines[-1][3]), sorted(problem.numbers))  # the answer is the last try
-        assert grade(trace, False, problem).correct == float(lines[-1][-1] == "yes")
+        assert grade(trace, False, problem)["correct"] == float(lines[-1][-1] == "yes")
 
 
 def test_the_tries_cover_what_is_solvable():
