@@ -4,6 +4,7 @@
     python benchmark.py --config config_tiny.yml --ablate           # and with each idea of rollout.py switched off
     python benchmark.py --config config_tiny.yml --update --ablate  # the update, beside the plain formula
     python benchmark.py --config config.yml --shape 3B --everything --json benchmarks/my_card.json  # all about a GPU
+    python benchmark.py --config config_tiny.yml --peers            # a step beside TRL's (pip install trl)
     python benchmark.py --config config.yml --shape 3B --plan 48    # the memory plan for a card of 48 GB; nothing runs
     python benchmark.py --config config.yml --fits                  # which sizes fit on which cards
     python benchmark.py --table benchmarks                          # the cards measured so far
@@ -26,6 +27,7 @@ import os
 import platform
 import statistics
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
@@ -516,6 +518,50 @@ def step(work: Workload, options: argparse.Namespace) -> Figures:
     return {"step_seconds": seconds[1]}
 
 
+def peers(work: Workload, options: argparse.Namespace) -> Figures:
+    """A whole step beside one of TRL's GRPOTrainer: same weights, prompts, group, limit and reward, in turns."""
+    from datasets import Dataset
+    from transformers import TrainerCallback
+    from trl import GRPOConfig, GRPOTrainer
+
+    assert work.tokenizer, "without --shape: TRL needs a tokenizer"
+    settings, decode, ends = work.config.rollout, work.tokenizer.decode, work.tokenizer.end_ids
+    optimizer, seconds = work.make_optimizer(), {"ours": [0.0] * 0, "trl": [0.0] * 0}
+    lengths = {"ours": [len(episode.response_ids) for episode in work.episodes], "trl": [0] * 0}
+
+    def reward(completion_ids: list[list[int]], question: list[int], **others: object) -> list[float]:
+        episodes = []
+        for ids, number in zip(completion_ids, question, strict=True):
+            cut = ids[-1] not in ends
+            episodes.append(Episode(work.problems[number], [], ids, [], cut, decode(ids if cut else ids[:-1])))
+        lengths["trl"] += map(len, completion_ids)
+        return [sum(grade(work.task, episode).values()) for episode in episodes]
+
+    class Turns(TrainerCallback):
+        def on_step_begin(self, *others: object, **more: object) -> None:
+            self.began = time.perf_counter()
+
+        def on_step_end(self, *others: object, **more: object) -> None:
+            seconds["trl"].append(time.perf_counter() - self.began)
+            seconds["ours"].append(timed(lambda: (work.assess(work.sample()), work.update(optimizer)), work.device))
+
+    rows, at_once = len(work.uniforms), math.gcd(len(work.uniforms), 32)
+    with tempfile.TemporaryDirectory() as folder:
+        config = GRPOConfig(
+            folder, per_device_train_batch_size=at_once, gradient_accumulation_steps=rows // at_once, learning_rate=0.0,
+            num_generations=settings.group_size, max_completion_length=settings.max_new_tokens, beta=0.0, bf16=False,
+            max_steps=options.rounds + 1, use_cpu=work.device.type == "cpu", report_to="none", save_strategy="no",
+            loss_type="dr_grpo", shuffle_dataset=False, temperature=settings.temperature, logging_strategy="no",
+            gradient_checkpointing=False,
+        )  # fmt: skip
+        questions = [{"prompt": decode(prompt), "question": i} for i, prompt in enumerate(work.prompts)]
+        model = str(find_folder(work.config.model))
+        GRPOTrainer(model, reward, config, Dataset.from_list(questions), callbacks=[Turns()]).train()
+    medians = {name: statistics.median(times[1:]) for name, times in seconds.items()}  # the first warms up
+    means = {name: statistics.mean(counts) for name, counts in lengths.items()}
+    return {"seconds": medians, "times_slower": medians["trl"] / medians["ours"], "mean_length": means, "rows": rows}
+
+
 PARTS: list[Callable[..., Figures]] = [matmul, attention, decode, sampling, update, memory, step]
 NAMES = [part.__name__ for part in PARTS]
 NEED_CUDA = (matmul, attention, memory)
@@ -540,7 +586,7 @@ def measure(config: Config, options: argparse.Namespace) -> None:
     parts = before["parts"] if about.items() <= before.items() else {}
     print(f"{about['device']}, torch {torch.__version__}, {torch.get_num_threads()} threads")
     chosen = options.parts or ("update" if options.update else "sampling")
-    for part in [part for part in PARTS if chosen in ("all", part.__name__)]:
+    for part in PARTS if chosen == "all" else [part for part in [*PARTS, peers] if chosen == part.__name__]:
         possible = work.device.type == "cuda" or part not in NEED_CUDA
         figures = rounded(attempt(partial(part, work, options)) if possible else {"left out": "needs CUDA"})
         parts |= {part.__name__: figures}
@@ -580,18 +626,20 @@ def markdown(head: list[str], rows: list[list[str]]) -> str:
     return "\n".join(f"| {' | '.join(row)} |" for row in [head, ["---"] * len(head), *rows])
 
 
-def fits_table(base: Config, cards: Sequence[int] = (12, 24, 48, 80)) -> str:
-    """A markdown table of sizes and cards (GB), with the fastest settings whose plan fits."""
-    rows = [[size, *(fastest_that_fits(base, size, card) for card in cards)] for size in SHAPES]
+def fits_table(base: Config, ranks: int, cards: Sequence[int] = (12, 24, 48, 80)) -> str:
+    """A markdown table of sizes and cards (GB), with the fastest settings whose plan fits; sharded on several cards."""
+    rows = [[size, *(fastest_that_fits(base, size, card, ranks) for card in cards)] for size in SHAPES]
     return markdown(["", *(f"{card} GB" for card in cards)], rows)
 
 
-def fastest_that_fits(base: Config, size: str, card: int) -> str:
-    for mode, tokens in (("master", 16384), ("split", 16384), ("split", 8192), ("offload", 8192), ("offload", 2048)):
-        config = replace(base, train=replace(base.train, optimizer=mode, tokens_per_microbatch=tokens))
-        plan = plan_memory(config, shape_config(size), PROMPT_TOKENS, card * USABLE)
+def fastest_that_fits(base: Config, size: str, card: int, ranks: int) -> str:
+    modes = [("master", 16384), ("split", 16384), ("split", 8192), ("offload", 8192), ("offload", 2048)]
+    for mode, tokens in modes if ranks == 1 else [("master", tokens) for tokens in (16384, 8192, 2048)]:
+        train = replace(base.train, optimizer=mode, tokens_per_microbatch=tokens, shard=ranks > 1)
+        config = replace(base, train=train)
+        plan = plan_memory(config, shape_config(size), PROMPT_TOKENS, card * USABLE, ranks)
         if max(plan.peaks) <= card * USABLE and plan.rows >= base.rollout.group_size:
-            waves = math.ceil(base.rollout.questions_per_step * base.rollout.group_size / plan.rows)
+            waves = math.ceil(base.rollout.questions_per_step * base.rollout.group_size / ranks / plan.rows)
             return f"{mode}, {tokens} tokens, waves: {waves}, {max(plan.peaks) / GIB:.1f} GiB"
     return "does not fit"
 
@@ -613,16 +661,18 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     what.add_argument("--update", action="store_true", help="measure the update instead of the sampler")
     what.add_argument("--everything", dest="parts", action="store_const", const="all", help="measure all parts")
     what.add_argument("--part", dest="parts", choices=NAMES, help="measure only this part of --everything")
+    what.add_argument("--peers", dest="parts", action="store_const", const="peers", help="a step beside TRL's")
     what.add_argument("--plan", type=float, metavar="GB", help="print the memory plan for a card of this size")
     what.add_argument("--fits", action="store_true", help="print which sizes fit on which cards")
     what.add_argument("--table", type=Path, metavar="FOLDER", help="print a table of the JSON files in a folder")
+    parser.add_argument("--ranks", type=int, default=1, help="with --fits: on so many cards together")
     parser.add_argument("--ablate", action="store_true", help="switch each idea off in turn")
     parser.add_argument("--no-transformers", action="store_true", help="leave transformers out")
     parser.add_argument("--rounds", type=int, help="runs per variant; default: 3, with --everything 1")
     parser.add_argument("--json", type=Path, help="write the figures to this file, after each part")
     parser.add_argument("overrides", nargs="*", help="settings such as rollout.group_size=32 model.path=runs/x/final")
     options = parser.parse_intermixed_args(argv)
-    options.rounds = options.rounds or (1 if options.parts else 3)
+    options.rounds = options.rounds or (1 if options.parts not in (None, "peers") else 3)
     return options
 
 
@@ -633,7 +683,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if options.table:
             print(card_table(options.table))
         elif options.fits:
-            print(fits_table(config))
+            print(fits_table(config, options.ranks))
         elif options.plan:
             print_plan(config, options.shape, options.plan * USABLE)
         else:

@@ -41,16 +41,16 @@ FIXED = ("model.path", "model.revision", "model.dtype", "data.", "train.seed", "
 
 
 def save_checkpoint(
-    run_folder: Path, policy: Qwen2, small_files: dict[str, bytes], optimizer: AdamW, progress: Progress, config: Config
+    folder: Path, policy: Qwen2, small_files: dict[str, bytes], state: dict[str, Tensor], progress: Progress, keep: int
 ) -> None:
-    """Save the run's state as of `progress`, then remove all but the newest `checkpoint.keep` checkpoints.
+    """Save the run's state as of `progress`, the optimizer's included, then remove all but the newest `keep`.
 
     Raises UserError when there is no room or something cannot be written; the newest of the older ones is never lost.
     """
-    folder = run_folder / "checkpoints" / f"step-{progress.step:06d}"
+    run_folder, folder = folder, folder / "checkpoints" / f"step-{progress.step:06d}"
     if folder.exists():
         return  # and so complete: a run stopped right after it was saved
-    needed = 1.01 * (size(policy.hf_tensors()) + size(optimizer.tensors()))
+    needed = 1.01 * (size(policy.hf_tensors()) + size(state))
     with writing(run_folder):
         free, older = shutil.disk_usage(run_folder).free, saved(run_folder)[:-1]
         if free < needed <= free + sum(path.stat().st_size for old in older for path in old.iterdir()):
@@ -60,10 +60,10 @@ def save_checkpoint(
         raise UserError(f"{folder}: needs {needed / GIB:.2f} GiB, and the disk has {free / GIB:.2f} left: free some")
     with atomic_folder(folder) as partial:
         save_model(policy, small_files, partial)
-        save_tensors(optimizer.tensors(), partial, "optimizer")
+        save_tensors(state, partial, "optimizer")
         write_json(partial / "state.json", {"version": VERSION, "progress": asdict(progress)})
         write_json(partial / CHECKSUMS, {path.name: checksum(path) for path in sorted(partial.iterdir())})
-    remove_older(run_folder, config.checkpoint.keep)
+    remove_older(run_folder, keep)
 
 
 def size(tensors: dict[str, Tensor]) -> int:
@@ -119,7 +119,7 @@ def load_optimizer(folder: Path, optimizer: AdamW, progress: Progress) -> None:
     if files.keys() != tensors.keys():
         raise UserError(f"{folder}: its optimizer state is not that of train.optimizer {optimizer.mode}")
     for name, path in files.items():
-        tensors[name].copy_(read_tensor(path, name))
+        optimizer.load(name, read_tensor(path, name))
     optimizer.steps = progress.optimizer_steps
 
 

@@ -63,6 +63,8 @@ def load_config(path: str | Path, overrides: Iterable[str] = ()) -> Config:
     updates = config.train.updates_per_batch
     if config.train.optimizer == "split" and config.model.dtype != "bfloat16":
         raise UserError(f"{path}: train.optimizer split is for model.dtype bfloat16; set train.optimizer=master")
+    if config.train.shard and config.train.optimizer != "master":
+        raise UserError(f"{path}: train.shard goes with train.optimizer=master, not {config.train.optimizer}")
     if config.train.objective == "reinforce" and updates > 1:  # the second update is off-policy
         raise UserError(f"{path}: train.updates_per_batch is {updates}: set train.objective to clipped or truncated_is")
     return config

@@ -135,6 +135,7 @@ class TrainSettings:
     tokens_per_microbatch: int = setting(8192, "tokens, padding included, in one backward", at_least=1)
     activation_checkpointing: bool = setting(False, "recompute activations in backward to save memory")
     max_skips: int = setting(3, "steps in a row with numbers that are not finite, then stop", at_least=1)
+    shard: bool = setting(False, "several GPUs: split weights, gradients and optimizer state among them (FSDP2)")
     threads: int = setting(0, "CPU threads; 0: one per core, at most 8", at_least=0, at_most=1024)
 
 

@@ -28,12 +28,13 @@ import math
 import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
-from tqdm import tqdm
 
 from data_types import Config, Episode, Sampling, TrainSettings
 from optimizer import AdamW
 from qwen2_model import Qwen2
+from ranks import add_up, as_many_on_each, count, rank, whole_norm
 from rollout import warp
+from terminal import progress_bar
 
 CHUNK_TOKENS = 512  # response tokens whose full-vocabulary logits exist at the same time
 MAX_PADDING = 0.05  # share of a micro-batch that may be padding
@@ -106,16 +107,20 @@ def accumulate_gradient(
     """
     policy.zero_grad(set_to_none=True)
     active = [episode for episode in episodes if episode.active] or episodes[:1]
+    mine = sorted(active, key=lambda episode: -episode.length)[rank() :: count()]  # long and short ones for each rank
     sums = torch.zeros(5, dtype=torch.float64)
-    with tqdm(desc="updating", unit=" rows", total=len(active), leave=False, disable=None) as bar:
-        for microbatch in micro_batches([episode.length for episode in active], tokens_per_microbatch):
-            batch = [active[row] for row in microbatch]
+    microbatches = micro_batches([episode.length for episode in mine], tokens_per_microbatch)
+    batches = as_many_on_each(policy, [[mine[row] for row in rows] for rows in microbatches], active[-1])
+    with progress_bar("updating", " rows", len(mine)) as bar:
+        for number, batch in enumerate(batches):
             rows = [(e.advantage, e.token_weight, logprob) for e in batch for logprob in e.old_logprobs]
             columns = torch.tensor(rows, dtype=torch.float32, device=policy.head.device)  # (N, 3)
             advantage, token_weight, old_logprobs = columns.unbind(dim=1)  # (N,) each
             logprobs, entropy = response_logprobs(policy, batch, sampling)  # (N,) each
             loss = -(token_weight * objective(logprobs, old_logprobs, advantage, settings)).sum()
             loss.backward()
+            if number >= len(microbatches):
+                continue  # a filler
             with torch.no_grad():
                 log_ratio = logprobs - old_logprobs
                 ratio = log_ratio.exp()
@@ -124,6 +129,7 @@ def accumulate_gradient(
                 statistics = [loss.detach(), entropy.sum(), approx_kl.sum(), log_ratio.abs().sum(), outside.sum()]
             sums += torch.stack(statistics).cpu().double()  # the CPU waits here, not in between
             bar.update(len(batch))
+    add_up(policy.parameters(), sums)
     tokens = sum(len(episode.response_ids) for episode in active)
     loss_sum, *others = sums.tolist()
     means = [value / tokens for value in others]
@@ -135,7 +141,7 @@ def apply_gradient(policy: Qwen2, optimizer: AdamW, max_norm: float) -> float:
 
     A gradient that is zero or not finite skips the optimizer step, so momentum alone never moves the weights.
     """
-    norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), max_norm).item()
+    norm = whole_norm(torch.nn.utils.clip_grad_norm_(policy.parameters(), max_norm))
     if norm > 0 and math.isfinite(norm):
         optimizer.step()
     policy.zero_grad(set_to_none=True)

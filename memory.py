@@ -7,9 +7,10 @@ against a count of live bytes. For the rest (cuBLAS workspaces, fragmentation) i
     python benchmark.py --config config.yml --fits                  # which sizes fit on which cards, and how
     python benchmark.py --config config.yml --shape 3B --plan 48    # the plan of one config on a card of 48 GB
 
-Left out: several GPUs, and the host's memory that `offload` takes.
+Left out: the host's memory that `offload` takes.
 """
 
+import math
 import os
 import re
 from contextlib import suppress
@@ -22,6 +23,7 @@ from data_types import Config, UserError
 from grpo import CHUNK_TOKENS
 from optimizer import SLICE
 from qwen2_model import Qwen2, Qwen2Config
+from ranks import count
 from rollout import COLUMN_BLOCK, PREFILL_TOKENS, round_up
 from terminal import say
 
@@ -53,28 +55,40 @@ class MemoryPlan:
         return "\n".join(["memory plan (GiB):", *lines, peaks])
 
 
-def plan_memory(config: Config, shape: Qwen2Config, prompt_tokens: int, available: float = float("inf")) -> MemoryPlan:
-    """The plan for a model of this shape and prompts of this length, with so many bytes available."""
+def plan_memory(
+    config: Config, shape: Qwen2Config, prompt_tokens: int, available: float = float("inf"), ranks: int = 1
+) -> MemoryPlan:
+    """The plan for a model of this shape and prompts of this length, with so many bytes available on each GPU."""
     rollout, train = config.rollout, config.train
     size = {"float32": 4, "bfloat16": 2}[config.model.dtype]  # bytes per number
     layers, vocabulary = shape.num_hidden_layers, shape.vocab_size
     with torch.device("meta"):  # shapes without memory
-        weights = sum(parameter.numel() for parameter in Qwen2(shape).parameters())
+        model = Qwen2(shape)
+    weights, in_layer = (sum(p.numel() for p in part.parameters()) for part in (model, model.layers[0]))
     state = {"split": 6, "offload": 0, "master": 8 if size == 4 else 12}[train.optimizer]
-    always = {"weights": weights * size, f"optimizer state ({train.optimizer})": weights * state, "reserve": RESERVE}
+    parts = ranks if train.shard else 1
+    stored, state = (4, 8) if parts > 1 else (size, state)  # sharded weights are fp32, their own masters
+    always = {
+        "weights": weights * stored / parts,
+        f"optimizer state ({train.optimizer})": weights * state / parts,
+        "reserve": RESERVE,
+    }
 
-    responses, longest = rollout.questions_per_step * rollout.group_size, prompt_tokens + rollout.max_new_tokens
+    questions = math.ceil(rollout.questions_per_step / ranks)
+    responses, longest = questions * rollout.group_size, prompt_tokens + rollout.max_new_tokens
     columns = round_up(longest, COLUMN_BLOCK)
     row_cache = 2 * layers * shape.num_key_value_heads * shape.head_dim * columns * size
     warped = 28 * vocabulary if rollout.top_k or rollout.top_p < 1 else 0  # sorting logits, per token
     row_logits = 2 * (12 * vocabulary + warped)  # logits, probabilities, running sum; again in the graphs' pool
     prefill = max(PREFILL_TOKENS, prompt_tokens) * 1.25 * activations(shape, size)
-    wanted = max(responses, config.data.held_out)
-    room = available - sum(always.values()) - prefill
+    wanted = max(responses, math.ceil(config.data.held_out / ranks))
+    whole = weights * size if parts > 1 else 0
+    room = available - sum(always.values()) - prefill - whole
     rows = max(rollout.group_size, int(min(wanted, rollout.max_rows or wanted, room / (row_cache + row_logits))))
     sampling = {
         f"sampling: KV cache, {rows} rows of {columns} tokens": rows * row_cache,
         "sampling: logits and prefill": max(rows * row_logits, prefill),
+        **({"sampling: all the weights": whole} if whole else {}),
     }
 
     tokens = min(max(train.tokens_per_microbatch, longest), responses * longest)
@@ -83,10 +97,15 @@ def plan_memory(config: Config, shape: Qwen2Config, prompt_tokens: int, availabl
     embedding = 4 * vocabulary * shape.hidden_size  # the gradient of the embedding, which the head may share, fp32
     chunk = CHUNK_TOKENS * (16 * vocabulary + warped)
     slices = (12 if train.optimizer == "offload" else 6) * 4 * SLICE
+    working = max(embedding + 1.6 * layer, 3 * embedding, chunk, slices - kept)
+    if parts > 1:  # embedding and head stay put together, two layers do at a time; gradients on their way are fp32
+        outside = weights - layers * in_layer
+        gathered = size * (outside + 2 * in_layer) + (size + 4) * max(outside, in_layer)
+        working = gathered + max(1.6 * layer, chunk, slices - kept)
     update = {
-        "update: gradients (fp32)": 4 * weights,
+        "update: gradients (fp32)": 4 * weights / parts,
         "update: kept activations": kept,
-        "update: one layer, or head and embedding": max(embedding + 1.6 * layer, 3 * embedding, chunk, slices - kept),
+        "update: one layer, or head and embedding": working,
     }
     return MemoryPlan(always, sampling, update, rows)
 
@@ -104,7 +123,7 @@ def check_memory(config: Config, shape: Qwen2Config, prompt_tokens: int, device:
     if on_gpu and config.model.dtype == "bfloat16" and not torch.cuda.is_bf16_supported(including_emulation=False):
         raise UserError("this GPU has no bfloat16: set model.dtype=float32 train.optimizer=master")
     available = torch.cuda.mem_get_info(device)[0] if on_gpu else host_memory()
-    plan = plan_memory(config, shape, prompt_tokens, available)
+    plan = plan_memory(config, shape, prompt_tokens, available, count())
     needed, free = max(plan.peaks) / GIB, available / GIB
     say(plan.table(available) if on_gpu else f"memory  {needed:.2f} GiB planned, {free:.2f} are free")
     if needed > free:

@@ -29,6 +29,7 @@ import torch
 from torch import Tensor
 
 from data_types import TrainSettings
+from ranks import local, part_of, whole_tensor
 
 EPSILON = 1e-8
 
@@ -67,14 +68,19 @@ def round_stochastically(exact: Tensor, generator: torch.Generator) -> Tensor:
 class AdamW:
     """AdamW (arXiv 1711.05101, algorithm 2) for parameters that are all fp32 or all bf16; see the table above."""
 
-    def __init__(self, parameters: Iterable[torch.nn.Parameter], settings: TrainSettings) -> None:
+    def __init__(
+        self, parameters: Iterable[torch.nn.Parameter], settings: TrainSettings, dtype: torch.dtype = torch.float32
+    ) -> None:
+        """dtype: of the weights that are saved; where that is bf16, sharded weights, always fp32, are the masters."""
         self.parameters, self.settings = list(parameters), settings
         self.mode, self.learning_rate, self.steps = settings.optimizer, settings.learning_rate, 0
         self.device = self.parameters[0].device
         self.rounding = torch.Generator(self.device)
         for parameter in self.parameters:
-            parameter.grad_dtype = torch.float32  # autograd casts and adds up in fp32
-        self.states = [self._new_state(parameter.detach().view(-1)) for parameter in self.parameters]
+            if parameter.dtype != torch.float32:
+                parameter.grad_dtype = torch.float32  # autograd casts and adds up in fp32
+        self.states = [self._new_state(local(parameter.detach())) for parameter in self.parameters]
+        self.masters = [local(p.detach()) for p in self.parameters if p.dtype != dtype and hasattr(p, "to_local")]
 
     def _new_state(self, weight: Tensor) -> dict[str, Tensor]:
         if self.mode == "split":
@@ -99,7 +105,7 @@ class AdamW:
         for parameter, state in zip(self.parameters, self.states, strict=True):
             if parameter.grad is None:
                 continue
-            weight, gradient = parameter.detach().view(-1), parameter.grad.view(-1)
+            weight, gradient = local(parameter.detach()), local(parameter.grad)
             for start in range(0, len(weight), SLICE):
                 part = slice(start, start + SLICE)
                 home = {name: tensor[part] for name, tensor in state.items()}
@@ -131,4 +137,15 @@ class AdamW:
 
     def tensors(self) -> dict[str, Tensor]:
         """All of the state that is not a number, by names that stay the same from run to run."""
-        return {f"{i}.{name}": tensor for i, state in enumerate(self.states) for name, tensor in state.items()}
+        tensors = {f"{i}.{name}": tensor for i, state in enumerate(self.states) for name, tensor in state.items()}
+        return tensors | {f"{i}.master": weight for i, weight in enumerate(self.masters)}
+
+    def save(self) -> dict[str, Tensor]:
+        """`tensors()`, those of sharded weights put together from all ranks, on the CPU."""
+        tensors = self.tensors()
+        likes = {name: self.parameters[int(name.partition(".")[0])] for name in tensors}
+        return {n: whole_tensor(t, likes[n]) if hasattr(likes[n], "to_local") else t for n, t in tensors.items()}
+
+    def load(self, name: str, tensor: Tensor) -> None:
+        """Take over a tensor that `save` returned, or this rank's part of it."""
+        self.tensors()[name].copy_(part_of(tensor, self.parameters[int(name.partition(".")[0])]))

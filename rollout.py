@@ -25,11 +25,10 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from tqdm import tqdm
 
 from data_types import Sampling
 from qwen2_model import Qwen2, causal_attention
-from terminal import warn
+from terminal import progress_bar, warn
 
 PREFILL_TOKENS = 4096  # prompt tokens in one forward pass: their activations would grow without bound
 COLUMN_BLOCK = 128  # cache columns come in blocks, so that graphs are few and the mask is aligned as kernels want it
@@ -318,7 +317,7 @@ class Sampler:
         step = graphed.step if graphed else decoder.step
         decoder.prefill(prompts)
         sampled = 1
-        with tqdm(desc="sampling", unit=" tokens", unit_scale=True, leave=False, disable=None) as bar:
+        with progress_bar("sampling", " tokens") as bar:
             while sampled < max_new and decoder.active:
                 for _ in range(min(self.steps_per_check, max_new - sampled)):
                     step(decoder.active, cache.prompt_columns + sampled)

@@ -20,7 +20,6 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 import grpo
 from alarms import Alarms
@@ -32,9 +31,10 @@ from logbook import Logbook, episode_metrics
 from memory import GIB, check_memory, out_of_memory
 from model_folder import find_folder, load_model, read_model_config, read_small_files, save_model
 from optimizer import AdamW
+from ranks import count, gather, largest, rank, shard, sharded, share, whole
 from rollout import Response, Sampler
 from task import load_task, split_problems
-from terminal import say, warn
+from terminal import progress_bar, say, warn
 from tokenizer import Tokenizer
 
 T = TypeVar("T")
@@ -55,9 +55,10 @@ class Agent:
     """
 
     def __init__(self, config: Config, source: Path) -> None:
-        self.device = find_device(config.model.device)
+        self.device, self.dtype = find_device(config.model.device), getattr(torch, config.model.dtype)
         # on a CPU the matmuls of a small model are too short to share out among many cores
-        torch.set_num_threads(config.train.threads or min(os.cpu_count() or 1, 8))
+        cores = (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        torch.set_num_threads(config.train.threads or max(1, min(cores, 8)))
         self.source, self.task = source, load_task(config.data.task)
         data = found = config.data
         if data.path:
@@ -78,7 +79,10 @@ class Agent:
 
     def load(self, max_rows: int) -> None:
         """Read the weights; `max_rows` responses are sampled at the same time, fewer once memory ran out."""
-        self.policy = load_model(self.source, self.device, getattr(torch, self.config.model.dtype))
+        split = self.config.train.shard and count() > 1
+        self.policy = load_model(self.source, torch.device("cpu") if split else self.device, self.dtype)
+        if split:
+            shard(self.policy, self.device, self.dtype)
         self.policy.vocabulary = len(self.tokenizer)
         self.sampler = Sampler(self.policy, self.tokenizer.end_ids)
         self.limits = {"rows at a time": max_rows, "tokens per micro-batch": self.config.train.tokens_per_microbatch}
@@ -87,9 +91,13 @@ class Agent:
         return self.tokenizer.encode_prompt(self.task.question_text(problem), self.task.ASSISTANT_PREFIX)
 
     def generate(self, prompts: list[list[int]], uniforms: Tensor, sampling: Sampling) -> list[Response]:
-        """Sampler.generate, in waves where memory runs out."""
-        attempt = partial(self.sampler.generate, prompts, uniforms, sampling)
-        return self.fit("rows at a time", len(uniforms) // len(prompts), len(uniforms), attempt)
+        """Sampler.generate, shared out among the ranks, in waves where memory runs out."""
+        mine, group = share(len(prompts)), len(uniforms) // len(prompts)
+        rows = uniforms[mine.start * group : mine.stop * group]
+        ends = self.tokenizer.end_ids
+        sampler = Sampler(whole(self.policy, self.dtype), ends) if sharded(self.policy) else self.sampler
+        attempt = partial(sampler.generate, prompts[mine], rows, sampling)
+        return gather(self.fit("rows at a time", group, len(rows), attempt) if len(rows) else [])
 
     def fit(self, what: str, least: int, most: int, attempt: Callable[[int], T]) -> T:
         """The result of `attempt(limit)`, made again with half the limit whenever memory runs out.
@@ -127,10 +135,10 @@ class Run(Agent):
         self.small_files = read_small_files(self.source)
         self.load(max_rows)
         self.policy.checkpoint_layers = config.train.activation_checkpointing
-        self.optimizer = AdamW(self.policy.parameters(), config.train)
+        self.optimizer = AdamW(self.policy.parameters(), config.train, self.dtype)
         if checkpoint:
             load_optimizer(checkpoint, self.optimizer, progress)
-        self.logbook = Logbook(folder, config, self.task, progress)
+        self.logbook = Logbook(folder, config, self.task, progress) if rank() == 0 else None  # rank 0 alone writes
         self.alarms = Alarms(config, self.task)
         self.signal = 0  # the stop signal that came
         self.seconds = {"rollout": 0.0, "update": 0.0}  # since the last step
@@ -157,7 +165,7 @@ class Run(Agent):
     def steps(self) -> Iterator[int]:
         """The steps that are left; Interrupted between two of them when a signal came."""
         steps, done = self.config.train.steps, self.progress.step
-        with tqdm(desc="training", unit=" steps", total=steps, initial=done, leave=False, disable=None) as bar:
+        with progress_bar("training", " steps", steps, done) as bar:
             self.step_began = time.perf_counter()
             for step in range(done + 1, steps + 1):
                 self.stop_if_asked()
@@ -165,8 +173,9 @@ class Run(Agent):
                 bar.update()
 
     def stop_if_asked(self) -> None:
-        if self.signal and self.optimizer.steps == self.progress.optimizer_steps:  # not after an unfinished update
-            raise Interrupted(self.signal)
+        number = largest(self.signal)  # of all ranks: together they go on, or stop
+        if number and self.optimizer.steps == self.progress.optimizer_steps:  # not after an unfinished update
+            raise Interrupted(number)
 
     def note_signal(self, number: int, frame: FrameType | None) -> None:
         """The run stops where nothing is lost; the next signal ends it at once."""
@@ -209,23 +218,30 @@ class Run(Agent):
         """Log a step, warn, keep the best weights, save a checkpoint when it is due, stop what has gone wrong."""
         config, progress = self.config, self.progress
         metrics = episode_metrics(episodes, config) | stats | self.speed(episodes)
-        self.logbook.write_step(step, metrics, episodes)
-        self.alarms.check(metrics, progress)
-        if stats["skipped"]:
-            path = self.logbook.dump(step, episodes)
-            warn(f"step {step} is skipped: not all of its numbers are finite; its episodes are in {path}")
+        self.log(step, metrics, episodes)
+        if self.logbook:
+            self.alarms.check(metrics, progress)
+            if stats["skipped"]:
+                path = self.logbook.dump(step, episodes)
+                warn(f"step {step} is skipped: not all of its numbers are finite; its episodes are in {path}")
         progress.step, progress.drawn = step, progress.drawn + metrics["groups"]
         progress.optimizer_steps = self.optimizer.steps
         progress.skipped_in_a_row = progress.skipped_in_a_row + 1 if stats["skipped"] else 0
         if metrics.get("eval_greedy", progress.best) > progress.best:
             with reported("the best weights so far"):
-                save_best(self.folder, self.policy, self.small_files, step)
+                policy = whole(self.policy, self.dtype)
+                if self.logbook:
+                    save_best(self.folder, policy, self.small_files, step)
                 progress.best, progress.best_step = metrics["eval_greedy"], step
         if config.checkpoint.every and (step % config.checkpoint.every == 0 or step == config.train.steps):
             self.save()
         if progress.skipped_in_a_row >= config.train.max_skips:
             skips = f"{config.train.max_skips} steps in a row had numbers that are not finite (see the folder skipped)"
             raise UserError(f"{skips}: train.learning_rate is too high, the weights are damaged, or the GPU is faulty")
+
+    def log(self, step: int, metrics: dict[str, float], episodes: list[Episode]) -> None:
+        if self.logbook:
+            self.logbook.write_step(step, metrics, episodes)
 
     def speed(self, episodes: list[Episode]) -> dict[str, float]:
         """Of sampling (response tokens) and of the update (prompt and response tokens of the active rows)."""
@@ -241,14 +257,21 @@ class Run(Agent):
 
     def save(self) -> None:
         """Save a checkpoint of the last finished step; a failure is reported and does not stop training."""
+        policy, state = whole(self.policy, self.dtype), self.optimizer.save()
+        if not self.logbook:
+            return
         with reported(f"a checkpoint of step {self.progress.step}"):
             self.progress.files = self.logbook.flush()
-            save_checkpoint(self.folder, self.policy, self.small_files, self.optimizer, self.progress, self.config)
+            keep = self.config.checkpoint.keep
+            save_checkpoint(self.folder, policy, self.small_files, state, self.progress, keep)
 
     def finish(self) -> None:
         """Save the trained model and say how it went."""
+        policy = whole(self.policy, self.dtype)
+        if not self.logbook:
+            return
         with atomic_folder(self.folder / "final") as partial:
-            save_model(self.policy, self.small_files, partial)
+            save_model(policy, self.small_files, partial)
         self.logbook.summarize(self.progress)
 
 
@@ -263,14 +286,16 @@ def open_run(config: Config, folder: Path, checkpoint: Path | None, progress: Pr
         with memory_in_one_line():
             yield run
             run.finish()
-    except Exception:
-        if run.optimizer.steps == progress.optimizer_steps:  # the weights are those of the last finished step
+    except Exception as error:
+        alone = sharded(run.policy) and not isinstance(error, Interrupted)  # this rank cannot save without the others
+        if run.optimizer.steps == progress.optimizer_steps and not alone:  # the weights are the last finished step's
             run.save()
         raise
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)
-        run.logbook.close()
+        if run.logbook:
+            run.logbook.close()
 
 
 @contextmanager
@@ -307,7 +332,7 @@ def find_device(name: str) -> torch.device:
         raise UserError(f"model.device is {name}, but this machine has only {found}; config_tiny.yml trains on a CPU")
     if device.type == "cuda":
         os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")  # read at the first allocation
-        device = torch.device("cuda", device.index or 0)
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", device.index or 0)))
         torch.cuda.set_device(device)  # streams and graphs belong to the current one
         torch.backends.cuda.enable_cudnn_sdp(False)  # it would plan anew for each shape, a second each time
     return device

@@ -16,7 +16,20 @@ def printable(text: str) -> str:
     return "".join(c if c.isprintable() or c == "\n" else ascii(c)[1:-1] for c in text)
 
 
+def talks() -> bool:
+    """Of several processes (ranks.py) the first."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def progress_bar(what: str, unit: str, total: int | None = None, done: int = 0) -> tqdm:
+    """A bar that is gone when its work is; none where there is no terminal."""
+    hidden = None if talks() else True
+    return tqdm(desc=what, unit=unit, total=total, initial=done, unit_scale=True, leave=False, disable=hidden)
+
+
 def say(text: str, end: str = "\n", file: TextIO | None = None) -> None:
+    if file is None and not talks():
+        return
     with suppress(OSError, UnicodeError):
         tqdm.write(printable(text), end=end, file=file or sys.stdout)  # above a progress bar
         (file or sys.stdout).flush()

@@ -17,6 +17,7 @@ import hashlib
 import math
 import shlex
 import sys
+from contextlib import nullcontext
 from statistics import fmean, pstdev
 from typing import Any
 
@@ -27,6 +28,7 @@ from config import describe_settings, load_config
 from data_types import Episode, Progress, RolloutSettings, Sampling, UserError
 from grpo import apply_gradient, assign_advantages, assign_token_weights
 from optimizer import learning_rate
+from ranks import on_first, rank, ranks
 from run import Agent, Interrupted, Run, finite, open_run
 from task import grade, problem_order
 from terminal import complain, drop_unwritten, open_closed, say
@@ -38,7 +40,7 @@ def train(run: Run) -> None:
     if not progress.before:
         progress.before = evaluate(run, "greedy") | evaluate(run, "sampled")
         progress.best = progress.before["eval_greedy"]
-        run.logbook.write_step(0, progress.before, [])
+        run.log(0, progress.before, [])
     for step in run.steps():
         progress.after = {}
         episodes: list[Episode] = []
@@ -142,6 +144,28 @@ def make_generator(seed: int, purpose: str, step: int) -> torch.Generator:
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
 
 
+def start(arguments: argparse.Namespace) -> None:
+    """Train, in a new folder or in that of the run to resume."""
+    if arguments.resume is None:
+        config = load_config(arguments.config, arguments.overrides)
+        folder = on_first(lambda: new_run_folder(config, arguments.name))
+    else:
+        folder = on_first(lambda: find_run(arguments.resume, arguments.overrides))
+        config = load_config(folder / "config.yml", arguments.overrides)
+    with locked(folder) if rank() == 0 else nullcontext():
+        if arguments.resume is None:
+            on_first(lambda: new_run_folder(config, folder.name))  # once more: another run may have come and gone
+            checkpoint, progress = None, Progress()
+        else:
+            checkpoint, progress = on_first(lambda: prepare_resume(folder, config))
+        try:
+            with open_run(config, folder, checkpoint, progress) as run:
+                train(run)
+        except Interrupted:
+            say(f"stopped; to continue: {shlex.join(['python', 'train.py', '--resume', str(folder)])}")
+            raise
+
+
 def main(argv: list[str] | None = None) -> int:
     epilog, words = "", sys.argv[1:] if argv is None else argv
     if {"-h", "--help"} & {*words}:
@@ -166,22 +190,9 @@ def main(argv: list[str] | None = None) -> int:
     if arguments.resume is not None and arguments.name:
         parser.error("--name is for a new run; --resume takes the run's name itself")
     try:
-        if arguments.resume is None:
-            config = load_config(arguments.config, arguments.overrides)
-            folder = new_run_folder(config, arguments.name)
-        else:
-            folder = find_run(arguments.resume, arguments.overrides)
-            config = load_config(folder / "config.yml", arguments.overrides)
-        with locked(folder):
-            if arguments.resume is None:
-                new_run_folder(config, folder.name)  # once more: another run may have come and gone
-                checkpoint, progress = None, Progress()
-            else:
-                checkpoint, progress = prepare_resume(folder, config)
-            with open_run(config, folder, checkpoint, progress) as run:
-                train(run)
+        with ranks():
+            start(arguments)
     except Interrupted as stop:
-        say(f"stopped; to continue: {shlex.join(['python', 'train.py', '--resume', str(folder)])}")
         return 128 + stop.number
     except UserError as error:
         complain(f"train.py: {error}")

@@ -96,7 +96,7 @@ VALUES = """rollout.group_size=1 rollout.group_size=16.0 rollout.questions_per_s
     rollout.top_k=-1 rollout.max_rows=-1 train.learning_rate=1e400 train.learning_rate=nan train.steps=1000000
     train.seed=4294967296 train.seed=-1 train.warmup_steps=few train.schedule=linear train.weight_decay=-0.1
     train.optimizer=adam train.beta1=1 train.beta2=nan train.beta2=-0.1 train.max_grad_norm=inf train.divide_by_std=1
-    train.objective=ppo train.updates_per_batch=0 train.clip_low=2 train.clip_high=0 train.ratio_cap=-2
+    train.objective=ppo train.updates_per_batch=0 train.clip_low=2 train.clip_high=0 train.ratio_cap=-2 train.shard=no
     train.divide_loss_by=token train.truncated=drop train.penalty_tokens=0 train.tokens_per_microbatch=8k
     train.activation_checkpointing=off train.max_skips=0 train.threads=-2 model.path= model.revision=[main]
     model.device=gpu model.dtype=float16 data.task=../run data.path=null data.path={} data.revision={} data.held_out=0

@@ -286,7 +286,8 @@ def save_with_faults(run: Path) -> None:
     optimizer = AdamW(policy.parameters(), config.train)
 
     def save(number: int) -> None:
-        save_checkpoint(run, policy, dict.fromkeys(SMALL, b"{}"), optimizer, Progress(step=number), config)
+        state, progress = optimizer.tensors(), Progress(step=number)
+        save_checkpoint(run, policy, dict.fromkeys(SMALL, b"{}"), state, progress, config.checkpoint.keep)
 
     def files(number: int) -> dict[str, str]:
         assert read_progress(step(run, number)).step == number

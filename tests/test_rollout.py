@@ -146,7 +146,7 @@ def test_graphs_change_no_response(device: str, sizes: tuple, graphs: bool, drop
     monkeypatch.setattr(torch, "empty", lambda *a, **k: (t := empty(*a, **k)).fill_(fill[t.is_floating_point()]))
     monkeypatch.setattr(rollout, "ROW_BLOCK", sizes[0])
     monkeypatch.setattr(rollout, "COLUMN_BLOCK", sizes[1])
-    monkeypatch.setattr(rollout, "tqdm", lambda **_: bars.append(tqdm(file=io.StringIO())) or bars[-1])
+    monkeypatch.setattr(rollout, "progress_bar", lambda *_: bars.append(tqdm(file=io.StringIO())) or bars[-1])
     if not drop:
         monkeypatch.setattr(Decoder, "drop_finished", lambda decoder: None)
     if device == "cpu":

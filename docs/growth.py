@@ -1,0 +1,73 @@
+"""How a step's cost grows with the group, the questions, the response length and the model: tables and exponents.
+
+    PYTHONPATH=. python docs/growth.py            # prints the tables, writes docs/growth.png
+
+Random weights of tiny shapes on one core, forced response lengths. The seconds are CPU time, so that other work on the
+machine does not count.
+"""
+
+import math
+import statistics
+import time
+from pathlib import Path
+
+from matplotlib.figure import Figure
+
+import benchmark
+from benchmark import Workload, markdown, timed
+from config import load_config
+
+BASE = ["train.threads=1", "rollout.group_size=8", "rollout.questions_per_step=8", "rollout.max_new_tokens=128"]
+SHAPES = {"0.8M": (128, 384, 4, 8, 2, True, 496), "2.9M": (256, 768, 4, 8, 2, True, 496)}
+SHAPES["11M"] = (512, 1536, 4, 8, 2, True, 496)
+AXES = {
+    "group_size": [4, 8, 16, 32, 64],
+    "questions_per_step": [8, 16, 32, 64, 128],
+    "max_new_tokens": [64, 128, 256, 512, 1024],
+    "parameters": list(SHAPES),
+}
+
+
+def measure(setting: str, value: int | str) -> tuple[float, float]:
+    """Seconds of rollout and update."""
+    size = str(value) if setting == "parameters" else "0.8M"
+    changes = [] if setting == "parameters" else [f"rollout.{setting}={value}"]
+    config = load_config("config_tiny.yml", [*BASE, *changes])
+    work = Workload(config, size)
+    if setting == "max_new_tokens":  # the same distribution of lengths, as a share of the limit
+        uniforms = Workload(load_config("config_tiny.yml", [*BASE, "rollout.max_new_tokens=1024"]), size).uniforms
+        work.uniforms = uniforms[:, :: 1024 // int(value)]
+    optimizer = work.make_optimizer()
+    work.update(optimizer)
+    return timed(work.sample, work.device), timed(lambda: work.update(optimizer), work.device)
+
+
+def exponent(xs: list[float], ys: list[float]) -> float:
+    """Slope of a line through the logarithms."""
+    pairs = [(math.log(x), math.log(y)) for x, y in zip(xs, ys, strict=True)]
+    x_mean, y_mean = (statistics.fmean(values) for values in zip(*pairs, strict=True))
+    return sum((x - x_mean) * (y - y_mean) for x, y in pairs) / sum((x - x_mean) ** 2 for x, _ in pairs)
+
+
+def main() -> None:
+    time.perf_counter = time.process_time
+    benchmark.SHAPES |= SHAPES
+    figure = Figure(figsize=(12, 3.4), layout="constrained")
+    for axes, (setting, values) in zip(figure.subplots(1, 4), AXES.items(), strict=True):
+        seconds = [measure(setting, value) for value in values]
+        shapes = [benchmark.shape_config(size) for size in SHAPES]
+        numbers = [shape.hidden_size**2 for shape in shapes] if setting == "parameters" else values
+        rows = []
+        for name, ys in zip(("rollout", "update"), zip(*seconds, strict=True), strict=True):
+            slope = exponent([float(x) for x in numbers], list(ys))
+            rows.append([name, *(f"{y:.2f} s" for y in ys), f"{slope:.2f}"])
+            axes.loglog(numbers, ys, marker="o", label=f"{name}, exponent {slope:.2f}")
+        print(markdown([setting, *map(str, values), "exponent"], rows), "\n", flush=True)
+        axes.set(xlabel="hidden size squared" if setting == "parameters" else setting, ylabel="CPU seconds")
+        axes.legend(frameon=False, fontsize=8)
+        axes.grid(alpha=0.25)
+    figure.savefig(Path("docs/growth.png"), dpi=110)
+
+
+if __name__ == "__main__":
+    main()
