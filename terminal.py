@@ -24,7 +24,7 @@ def talks() -> bool:
 def progress_bar(what: str, unit: str, total: int | None = None, done: int = 0) -> tqdm:
     """A bar that is gone when its work is; none where there is no terminal."""
     hidden = None if talks() else True
-    return tqdm(desc=what, unit=unit, total=total, initial=done, unit_scale=True, leave=False, disable=hidden)
+    return tqdm(desc=what, unit=unit, total=total, initial=done, unit_scale=total is None, leave=False, disable=hidden)
 
 
 def say(text: str, end: str = "\n", file: TextIO | None = None) -> None:
