@@ -36,6 +36,7 @@ def run(command: str) -> None:
     program, *words = shlex.split(command.removeprefix("python "))
     short = [word for word in SHORT if not any(given.startswith(word.partition("=")[0] + "=") for given in words)]
     if program == "train.py" and "--config" in words:
+        words += [] if "--name" in words else ["--name", f"of-{words[1]}"]  # two in one second would be one folder
         words += short if "config_tiny.yml" in words else [*short, *TINY_MODEL]
     if program == "evaluate.py":
         words += ["train.threads=1", "data.held_out=4", "rollout.max_new_tokens=24", "--samples", "2"]
