@@ -20,7 +20,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import redirect_stdout
 from pathlib import Path
-from statistics import fmean, pstdev
+from statistics import fmean
 from typing import Any, get_args, get_type_hints
 
 import torch
@@ -31,8 +31,8 @@ from model_folder import find_folder
 from rollout import Decoder, KVCache
 from run import Agent, memory_in_one_line
 from task import Task, grade, load_task
-from terminal import complain, drop_unwritten, open_closed, say
-from train import make_generator, sample
+from terminal import complain, run_program, say
+from train import make_generator, mean_and_error, sample
 
 ROWS = 256  # responses sampled at the same time; fewer where memory runs out
 Figures = dict[str, Any]  # as --json prints them
@@ -71,10 +71,6 @@ def respond(agent: Agent, count: int, temperature: float, seed: int) -> list[lis
 def scores(agent: Agent, responses: list[list[Episode]]) -> list[list[float]]:
     """By problem and response."""
     return [[episode.rewards[agent.task.SCORE] for episode in group] for group in responses]
-
-
-def mean_and_error(values: list[float]) -> tuple[float, float]:
-    return fmean(values), pstdev(values) / math.sqrt(len(values))
 
 
 def best_of(k: int, values: list[float]) -> float:
@@ -297,7 +293,4 @@ def run(words: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    open_closed()
-    status = main()
-    drop_unwritten()
-    sys.exit(status)
+    run_program(main)

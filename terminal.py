@@ -5,8 +5,9 @@ What is printed often quotes a response, a file or a command line, so control ch
 
 import os
 import sys
+from collections.abc import Callable
 from contextlib import suppress
-from typing import TextIO
+from typing import NoReturn, TextIO
 
 from tqdm import tqdm
 
@@ -55,3 +56,11 @@ def drop_unwritten() -> None:
             stream.flush()
         except OSError:
             os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
+def run_program(main: Callable[[], int]) -> NoReturn:
+    """`main` as a program whose streams may be closed or broken; it ends with the status that `main` returns."""
+    open_closed()
+    status = main()
+    drop_unwritten()
+    sys.exit(status)

@@ -31,7 +31,7 @@ from optimizer import learning_rate
 from ranks import on_first, rank, ranks
 from run import Agent, Interrupted, Run, finite, open_run
 from task import grade, problem_order
-from terminal import complain, drop_unwritten, open_closed, say
+from terminal import complain, run_program, say
 
 
 def train(run: Run) -> None:
@@ -135,7 +135,13 @@ def evaluate(run: Run, kind: str) -> dict[str, float]:
     generator = make_generator(run.config.train.seed, "evaluation", 0)
     episodes = sample(run, run.held_out, 1, Sampling(temperature=float(kind == "sampled")), generator)
     scores = [grade(run.task, episode)[run.task.SCORE] for episode in episodes]
-    return {f"eval_{kind}": fmean(scores), f"eval_{kind}_se": pstdev(scores) / math.sqrt(len(scores))}
+    score, error = mean_and_error(scores)
+    return {f"eval_{kind}": score, f"eval_{kind}_se": error}
+
+
+def mean_and_error(scores: list[float]) -> tuple[float, float]:
+    """The mean and its standard error."""
+    return fmean(scores), pstdev(scores) / math.sqrt(len(scores))
 
 
 def make_generator(seed: int, purpose: str, step: int) -> torch.Generator:
@@ -204,7 +210,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    open_closed()
-    status = main()
-    drop_unwritten()
-    sys.exit(status)
+    run_program(main)

@@ -26,6 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import run
 import train
+from benchmark import wait_for_all
 from data_types import Episode, TrainSettings
 from optimizer import AdamW
 from plot import read_run
@@ -61,10 +62,7 @@ def every_row() -> None:
 
 
 def finished_rows() -> None:
-    def stop_when_all_have_ended(decoder: Decoder) -> None:
-        decoder.active = decoder.active if decoder.alive.any() else 0
-
-    Decoder.drop_finished = stop_when_all_have_ended
+    Decoder.drop_finished = wait_for_all
 
 
 def draw(folder: str) -> None:
