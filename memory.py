@@ -99,9 +99,11 @@ def plan_memory(
     slices = (12 if train.optimizer == "offload" else 6) * 4 * SLICE
     working = max(embedding + 1.6 * layer, 3 * embedding, chunk, slices - kept)
     if parts > 1:  # embedding and head stay put together, two layers do at a time; gradients on their way are fp32
-        outside = weights - layers * in_layer
-        gathered = size * (outside + 2 * in_layer) + (size + 4) * max(outside, in_layer)
-        working = gathered + max(1.6 * layer, chunk, slices - kept)
+        head, outside = vocabulary * shape.hidden_size, weights - layers * in_layer
+        in_layers = 2 * size * in_layer + (size + 4) * in_layer + 1.6 * layer
+        backward = size * (outside + head) + max(in_layers, 0.75 * chunk)
+        after_it = (size + 4) * outside - kept  # gradients of embedding and head
+        working = max(backward, size * outside + chunk, after_it, slices - kept)
     update = {
         "update: gradients (fp32)": 4 * weights / parts,
         "update: kept activations": kept,

@@ -1,17 +1,22 @@
-"""Counts what a computation keeps alive, without a card: on meta tensors every shape is real and no byte is."""
+"""Counts what a computation keeps alive, without a card: on meta and fake tensors shapes are real and bytes are not."""
 
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
+from torch.distributed import device_mesh
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import optimizer
+import qwen2_model
+import ranks
 
 
 class LiveBytes(TorchDispatchMode):
@@ -77,3 +82,34 @@ def cuda_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Tensor, "cpu", lambda tensor: torch.zeros(tensor.shape, dtype=tensor.dtype))
     monkeypatch.setattr(torch, "Generator", HostGenerator)
     monkeypatch.setattr(optimizer, "round_stochastically", lambda exact, generator: exact.to(torch.bfloat16))
+
+
+class FakeWideMatmul(qwen2_model.WideMatmul):
+    """torch has this matmul on CUDA only."""
+
+    @staticmethod
+    def forward(context: Any, hidden: Tensor, head: Tensor) -> Tensor:
+        context.save_for_backward(hidden, head)
+        return hidden.new_empty(len(hidden), len(head), dtype=torch.float32)
+
+
+@contextmanager
+def fake_ranks(count: int, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """This process as the first of several, with fake tensors: FSDP2 does all its work, but nothing is sent."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    dist.init_process_group("fake", rank=0, world_size=count, store=FakeStore())
+    try:
+        mesh = device_mesh.init_device_mesh("cpu", (count,))
+        monkeypatch.setattr(device_mesh, "init_device_mesh", lambda *others: mesh)  # it reads numbers
+        monkeypatch.setattr(ranks, "gather", lambda mine: mine)
+        monkeypatch.setattr(F, "rms_norm", lambda x, shape, weight, eps: FusedNorm.apply(x, weight))
+        monkeypatch.setattr(qwen2_model, "wide_matmul", FakeWideMatmul.apply)
+        monkeypatch.setattr(
+            torch.nn.Module, "float", lambda module: module
+        )  # fp32 already; fake weights are not swapped
+        with FakeTensorMode(allow_non_fake_inputs=True):
+            yield
+    finally:
+        dist.destroy_process_group()

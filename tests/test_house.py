@@ -39,7 +39,7 @@ def test_the_core_fits_one_sitting():
     assert core <= 2290  # the aim is 1,500 and 120 for robustness and many GPUs: LOG.md says what stands in its way
     assert algorithm <= 675  # likewise 600
     assert lines["benchmark.py"] <= 510
-    assert tests <= 5400
+    assert tests <= 5500
 
 
 def test_functions_fit_a_screen_modules_say_what_they_do_and_nothing_runs_text():
