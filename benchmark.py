@@ -4,7 +4,7 @@
     python benchmark.py --config config_tiny.yml --ablate           # and with each idea of rollout.py switched off
     python benchmark.py --config config_tiny.yml --update --ablate  # the update, beside the plain formula
     python benchmark.py --config config.yml --shape 3B --everything --json benchmarks/my_card.json  # all about a GPU
-    python benchmark.py --config config_tiny.yml --peers            # a step beside TRL's (pip install trl)
+    python benchmark.py --config config_tiny.yml --peers --grpo-zero ../GRPO-Zero  # a step beside TRL's and GRPO-Zero's
     python benchmark.py --config config.yml --shape 3B --plan 48    # the memory plan for a card of 48 GB; nothing runs
     python benchmark.py --config config.yml --fits                  # which sizes fit on which cards
     python benchmark.py --table benchmarks                          # the cards measured so far
@@ -21,6 +21,8 @@ update count prompt and response tokens of the active rows, as metrics.jsonl doe
 """
 
 import argparse
+import gc
+import importlib
 import json
 import math
 import os
@@ -30,9 +32,12 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, replace
+from contextlib import redirect_stdout
+from dataclasses import asdict, fields, replace
 from functools import cached_property, partial
+from io import StringIO
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
 
@@ -55,7 +60,7 @@ from optimizer import AdamW
 from qwen2_model import Qwen2, Qwen2Config, wide_matmul
 from rollout import Decoder, GraphedSteps, KVCache, Response, Sampler, round_up, warp
 from run import find_device
-from task import grade, load_task, split_problems
+from task import grade, load_task, problem_order, split_problems
 from tokenizer import Tokenizer
 
 Figures = dict[str, Any]  # as they go to the JSON
@@ -75,6 +80,7 @@ TOKENIZER_IDS = 151_665  # that Qwen2.5's tokenizer knows
 PROMPT_TOKENS = 160  # of a prompt with --shape, which knows no task: Countdown's in Qwen2.5's chat template, rounded up
 # FLOP/s of dense bf16 matmuls, of the SXM card where there are several of the name
 DATA_SHEETS = {"A40": 149.7e12, "A100": 312e12, "H100": 989e12, "H200": 989e12}
+ZERO_ROWS = 16  # per micro-batch of GRPO-Zero: faster than 32 and 64 on two CPU cores
 USABLE = 0.92 * GIB  # of each nominal GB of a card, what is free: an A40 of "48 GB" has 45 GiB, CUDA takes some
 
 # ---- Clocks and limits ---------------------------------------------------------------------------------------------
@@ -197,7 +203,9 @@ class Workload:
             self.tokenizer = tokenizer = Tokenizer(folder)
             path = str(find_data(config.data)) if config.data.path else ""
             problems = list(task.load_problems(replace(config.data, path=path)))
-            self.problems = split_problems(task, problems, config.data.held_out)[0][:questions]
+            training = split_problems(task, problems, config.data.held_out)[0]
+            order = problem_order(len(training), config.train.seed, 0)[:questions]
+            self.problems = [training[i] for i in order]  # those of the run's first step
             texts = [task.question_text(problem) for problem in self.problems]
             self.prompts = [tokenizer.encode_prompt(text, task.ASSISTANT_PREFIX) for text in texts]
             self.policy = load_model(folder, self.device, dtype)
@@ -519,15 +527,29 @@ def step(work: Workload, options: argparse.Namespace) -> Figures:
 
 
 def peers(work: Workload, options: argparse.Namespace) -> Figures:
-    """A whole step beside one of TRL's GRPOTrainer: same weights, prompts, group, limit and reward, in turns."""
-    from datasets import Dataset
-    from transformers import TrainerCallback
-    from trl import GRPOConfig, GRPOTrainer
+    """A whole step beside those of TRL's GRPOTrainer and GRPO-Zero, in turns.
 
-    assert work.tokenizer, "without --shape: TRL needs a tokenizer"
-    settings, decode, ends = work.config.rollout, work.tokenizer.decode, work.tokenizer.end_ids
-    optimizer, seconds = work.make_optimizer(), {"ours": [0.0] * 0, "trl": [0.0] * 0}
-    lengths = {"ours": [len(episode.response_ids) for episode in work.episodes], "trl": [0] * 0}
+    All have the same weights, prompts, group size, length limit and reward.
+    """
+    from transformers import TrainerCallback
+
+    if not work.tokenizer or work.config.rollout.sampling != Sampling():
+        raise UserError("--peers needs a model with a tokenizer, temperature 1 and neither top-k nor top-p")
+    decode, ends = work.tokenizer.decode, work.tokenizer.end_ids
+    optimizer, lengths = work.make_optimizer(), {"trl": [0] * 0}
+
+    def our_step() -> list[int]:
+        episodes = work.assess(work.sample())
+        work.update(optimizer)
+        return [len(episode.response_ids) for episode in episodes]
+
+    runs = {"ours": our_step}
+    if options.grpo_zero:
+        runs["grpo_zero"] = grpo_zero_step(options.grpo_zero, work)
+    seconds: dict[str, list[float]] = {name: [] for name in ("trl", *runs)}
+
+    def keep_lengths(name: str, run: Callable[[], list[int]]) -> None:
+        lengths[name] = run()
 
     def reward(completion_ids: list[list[int]], question: list[int], **others: object) -> list[float]:
         episodes = []
@@ -543,23 +565,74 @@ def peers(work: Workload, options: argparse.Namespace) -> Figures:
 
         def on_step_end(self, *others: object, **more: object) -> None:
             seconds["trl"].append(time.perf_counter() - self.began)
-            seconds["ours"].append(timed(lambda: (work.assess(work.sample()), work.update(optimizer)), work.device))
+            gc.collect()
+            gc.freeze()  # GRPO-Zero collects garbage in each step: not that of the others
+            for name, run in runs.items():
+                seconds[name].append(timed(partial(keep_lengths, name, run), work.device))
 
-    rows, at_once = len(work.uniforms), math.gcd(len(work.uniforms), 32)
+    train_with_trl(work, options.rounds + 1, reward, Turns())
+    medians = {name: statistics.median(times[1:]) for name, times in seconds.items()}  # the first warms up
+    slower = {name: value / medians["ours"] for name, value in medians.items() if name != "ours"}
+    spread = {name: {"mean": statistics.mean(counts), "longest": max(counts)} for name, counts in lengths.items()}
+    active = {"rows": len(work.uniforms), "active_rows": len(work.active)}
+    return {"seconds": medians, "times_slower": slower, "response_tokens": spread, **active}
+
+
+def train_with_trl(work: Workload, steps: int, reward: Callable[..., list[float]], callback: Any) -> None:
+    """Steps of TRL's GRPOTrainer on the questions of `work`."""
+    from datasets import Dataset
+    from trl import GRPOConfig, GRPOTrainer
+
+    assert work.tokenizer
+    settings, rows = work.config.rollout, len(work.uniforms)
+    at_once = math.gcd(rows, 32)
     with tempfile.TemporaryDirectory() as folder:
         config = GRPOConfig(
             folder, per_device_train_batch_size=at_once, gradient_accumulation_steps=rows // at_once, learning_rate=0.0,
             num_generations=settings.group_size, max_completion_length=settings.max_new_tokens, beta=0.0, bf16=False,
-            max_steps=options.rounds + 1, use_cpu=work.device.type == "cpu", report_to="none", save_strategy="no",
+            max_steps=steps, use_cpu=work.device.type == "cpu", report_to="none", save_strategy="no",
             loss_type="dr_grpo", shuffle_dataset=False, temperature=settings.temperature, logging_strategy="no",
             gradient_checkpointing=False,
         )  # fmt: skip
-        questions = [{"prompt": decode(prompt), "question": i} for i, prompt in enumerate(work.prompts)]
+        questions = [{"prompt": work.tokenizer.decode(ids), "question": i} for i, ids in enumerate(work.prompts)]
         model = str(find_folder(work.config.model))
-        GRPOTrainer(model, reward, config, Dataset.from_list(questions), callbacks=[Turns()]).train()
-    medians = {name: statistics.median(times[1:]) for name, times in seconds.items()}  # the first warms up
-    means = {name: statistics.mean(counts) for name, counts in lengths.items()}
-    return {"seconds": medians, "times_slower": medians["trl"] / medians["ours"], "mean_length": means, "rows": rows}
+        GRPOTrainer(model, reward, config, Dataset.from_list(questions), callbacks=[callback]).train()
+
+
+def grpo_zero_step(folder: Path, work: Workload) -> Callable[[], list[int]]:
+    """A step of GRPO-Zero, whose files are in `folder`; it returns the lengths of its responses."""
+    names = ("grpo", "qwen2_model", "data_types", "tokenizer")  # modules of ours have these names, too
+    with patch.dict(sys.modules), patch.object(sys, "path", [str(folder), *sys.path]):
+        for name in names:
+            del sys.modules[name]
+        theirs, models, data_types = map(importlib.import_module, names[:3])
+    assert work.tokenizer
+    decode, ends, limits = work.tokenizer.decode, work.tokenizer.end_ids, work.config.rollout
+    pad, end = ends[0], ends[-1]  # of Qwen2.5: <|endoftext|> and <|im_end|>
+    device, dtype = work.device, work.policy.head.dtype
+    known = {field.name for field in fields(models.Qwen2Config)}
+    shape = {name: value for name, value in asdict(work.policy.config).items() if name in known}
+    model = models.Transformer(models.Qwen2Config(**shape), device).to(device, dtype)
+    model.load_state_dict(work.policy.state_dict())
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.0)
+    tokenizer = SimpleNamespace(eos_token=decode([end]), eos_token_id=end, pad_token_id=pad, detokenize=decode)
+    texts, problems = [decode(prompt) for prompt in work.prompts], work.problems  # numbers: all that `reward` needs
+    prompts = {"prefix": texts, "prefix_tokens": texts, "prefix_token_ids": work.prompts}
+    batch = data_types.MiniBatch(**prompts, numbers=problems, target=problems)
+
+    def reward(response: str, numbers: Any, target: object, end_token: str) -> Figures:
+        ended = response.endswith(end_token)
+        episode = Episode(numbers, [], [], [], not ended, response.removesuffix(end_token))
+        return {"reward": sum(grade(work.task, episode).values()), "reward_info": {}}
+
+    def step() -> list[int]:
+        limit, group, norm = limits.max_new_tokens, limits.group_size, work.config.train.max_grad_norm
+        with redirect_stdout(StringIO()):
+            episodes = theirs.rollout(model, batch, tokenizer, limit, group, reward, device, dtype)
+            theirs.update_policy(model, optimizer, episodes, ZERO_ROWS, pad, norm, device, dtype)
+        return [len(episode.generated_token_ids) for episode in episodes]
+
+    return step
 
 
 PARTS: list[Callable[..., Figures]] = [matmul, attention, decode, sampling, update, memory, step]
@@ -661,10 +734,13 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     what.add_argument("--update", action="store_true", help="measure the update instead of the sampler")
     what.add_argument("--everything", dest="parts", action="store_const", const="all", help="measure all parts")
     what.add_argument("--part", dest="parts", choices=NAMES, help="measure only this part of --everything")
-    what.add_argument("--peers", dest="parts", action="store_const", const="peers", help="a step beside TRL's")
+    what.add_argument(
+        "--peers", dest="parts", action="store_const", const="peers", help="a step beside TRL's and GRPO-Zero's"
+    )
     what.add_argument("--plan", type=float, metavar="GB", help="print the memory plan for a card of this size")
     what.add_argument("--fits", action="store_true", help="print which sizes fit on which cards")
     what.add_argument("--table", type=Path, metavar="FOLDER", help="print a table of the JSON files in a folder")
+    parser.add_argument("--grpo-zero", type=Path, metavar="CLONE", help="for --peers: a clone of its repository")
     parser.add_argument("--ranks", type=int, default=1, help="with --fits: on so many cards together")
     parser.add_argument("--ablate", action="store_true", help="switch each idea off in turn")
     parser.add_argument("--no-transformers", action="store_true", help="leave transformers out")
@@ -672,6 +748,8 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--json", type=Path, help="write the figures to this file, after each part")
     parser.add_argument("overrides", nargs="*", help="settings such as rollout.group_size=32 model.path=runs/x/final")
     options = parser.parse_intermixed_args(argv)
+    if options.grpo_zero and options.parts != "peers":
+        parser.error("--grpo-zero goes with --peers")
     options.rounds = options.rounds or (1 if options.parts not in (None, "peers") else 3)
     return options
 

@@ -41,13 +41,18 @@ FIXED = ("model.path", "model.revision", "model.dtype", "data.", "train.seed", "
 
 
 def save_checkpoint(
-    folder: Path, policy: Qwen2, small_files: dict[str, bytes], state: dict[str, Tensor], progress: Progress, keep: int
+    run_folder: Path,
+    policy: Qwen2,
+    small_files: dict[str, bytes],
+    state: dict[str, Tensor],
+    progress: Progress,
+    keep: int,
 ) -> None:
     """Save the run's state as of `progress`, the optimizer's included, then remove all but the newest `keep`.
 
     Raises UserError when there is no room or something cannot be written; the newest of the older ones is never lost.
     """
-    run_folder, folder = folder, folder / "checkpoints" / f"step-{progress.step:06d}"
+    folder = run_folder / "checkpoints" / f"step-{progress.step:06d}"
     if folder.exists():
         return  # and so complete: a run stopped right after it was saved
     needed = 1.01 * (size(policy.hf_tensors()) + size(state))

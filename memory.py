@@ -98,12 +98,13 @@ def plan_memory(
     chunk = CHUNK_TOKENS * (16 * vocabulary + warped)
     slices = (12 if train.optimizer == "offload" else 6) * 4 * SLICE
     working = max(embedding + 1.6 * layer, 3 * embedding, chunk, slices - kept)
-    if parts > 1:  # embedding and head stay put together, two layers do at a time; gradients on their way are fp32
-        head, outside = vocabulary * shape.hidden_size, weights - layers * in_layer
-        in_layers = 2 * size * in_layer + (size + 4) * in_layer + 1.6 * layer
-        backward = size * (outside + head) + max(in_layers, 0.75 * chunk)
-        after_it = (size + 4) * outside - kept  # gradients of embedding and head
-        working = max(backward, size * outside + chunk, after_it, slices - kept)
+    if parts > 1:  # FSDP2: embedding and head stay gathered until backward ends, layers two at a time; fp32 gradients
+        head, outside = vocabulary * shape.hidden_size, weights - layers * in_layer  # numbers, not bytes
+        two_layers = 2 * size * in_layer + (size + 4) * in_layer + 1.6 * layer
+        chunk_backward = CHUNK_TOKENS * (12 * vocabulary + warped)  # the first log-softmax is not alive then
+        in_backward = size * (outside + head) + max(two_layers, chunk_backward)
+        reduced_last = (size + 4) * outside - kept  # on top of `kept`, which is free by then
+        working = max(in_backward, size * outside + chunk, reduced_last, slices - kept)
     update = {
         "update: gradients (fp32)": 4 * weights / parts,
         "update: kept activations": kept,

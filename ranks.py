@@ -145,13 +145,14 @@ def whole(policy: Qwen2, dtype: torch.dtype) -> Qwen2:
 
 
 def whole_tensor(part: torch.Tensor, like: Any) -> torch.Tensor:
-    """The flat tensor, on the CPU, of which every rank has a part that is laid out as its part of `like`."""
+    """On rank 0 the flat tensor, on the CPU, of which every rank has a part that is laid out as its part of `like`."""
     from torch.distributed.tensor import DTensor
 
     layout = {"shape": like.shape, "stride": like.stride()}
     with together():
         tensor = DTensor.from_local(part.view_as(like.to_local()), like.device_mesh, like.placements, **layout)
-        return tensor.full_tensor().view(-1).cpu()
+        full = tensor.full_tensor().view(-1)
+    return full.cpu() if rank() == 0 else full.new_empty(0)  # a machine's other ranks would fill its memory with copies
 
 
 def whole_norm(norm: Any) -> float:

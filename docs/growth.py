@@ -1,13 +1,17 @@
-"""How a step's cost grows with the group, the questions, the response length and the model: tables and exponents.
+"""How a step's cost grows with group, questions, response length, model and ranks: tables and exponents.
 
-    PYTHONPATH=. python docs/growth.py            # prints the tables, writes docs/growth.png
+    PYTHONPATH=. python docs/growth.py     # prints the tables, writes docs/growth.png (ten minutes on an idle machine)
 
-Random weights of tiny shapes on one core, forced response lengths. The seconds are CPU time, so that other work on the
-machine does not count.
+Random weights of tiny shapes on one core, forced response lengths; CPU seconds, the best of three. For the ranks, wall
+time of the demo's rollout and update, one core per rank.
 """
 
+import json
 import math
 import statistics
+import subprocess
+import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -18,8 +22,8 @@ from benchmark import Workload, markdown, timed
 from config import load_config
 
 BASE = ["train.threads=1", "rollout.group_size=8", "rollout.questions_per_step=8", "rollout.max_new_tokens=128"]
-SHAPES = {"0.8M": (128, 384, 4, 8, 2, True, 496), "2.9M": (256, 768, 4, 8, 2, True, 496)}
-SHAPES["11M"] = (512, 1536, 4, 8, 2, True, 496)
+SHAPES = {"0.8M": (128, 384, 4, 8, 2, True, 496), "3.2M": (256, 768, 4, 8, 2, True, 496)}
+SHAPES["12.3M"] = (512, 1536, 4, 8, 2, True, 496)
 AXES = {
     "group_size": [4, 8, 16, 32, 64],
     "questions_per_step": [8, 16, 32, 64, 128],
@@ -39,7 +43,20 @@ def measure(setting: str, value: int | str) -> tuple[float, float]:
         work.uniforms = uniforms[:, :: 1024 // int(value)]
     optimizer = work.make_optimizer()
     work.update(optimizer)
-    return timed(work.sample, work.device), timed(lambda: work.update(optimizer), work.device)
+    rollout = min(timed(work.sample, work.device) for _ in range(3))
+    return rollout, min(timed(lambda: work.update(optimizer), work.device) for _ in range(3))
+
+
+def with_ranks(count: int) -> tuple[float, float]:
+    """Median seconds of rollout and update in steps 2 to 10 of the demo."""
+    with tempfile.TemporaryDirectory() as folder:
+        command = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={count}", "train.py"]
+        command += ["--config", "config_tiny.yml", "--name", "run", f"output.folder={folder}"]
+        command += ["train.threads=1", "train.steps=10", "eval.every=0", "checkpoint.every=0", "data.held_out=16"]
+        subprocess.run(command, check=True, capture_output=True)
+        steps = list(map(json.loads, Path(folder, "run", "metrics.jsonl").read_text().splitlines()))[1:]
+    rollout, update = (statistics.median(step[f"{part}_seconds"] for step in steps) for part in ("rollout", "update"))
+    return rollout, update
 
 
 def exponent(xs: list[float], ys: list[float]) -> float:
@@ -50,20 +67,23 @@ def exponent(xs: list[float], ys: list[float]) -> float:
 
 
 def main() -> None:
+    rows = [[str(count), *(f"{seconds:.2f} s" for seconds in with_ranks(count))] for count in (1, 2)]
+    print(markdown(["ranks", "rollout", "update"], rows), "\n", flush=True)
     time.perf_counter = time.process_time
     benchmark.SHAPES |= SHAPES
     figure = Figure(figsize=(12, 3.4), layout="constrained")
     for axes, (setting, values) in zip(figure.subplots(1, 4), AXES.items(), strict=True):
         seconds = [measure(setting, value) for value in values]
-        shapes = [benchmark.shape_config(size) for size in SHAPES]
-        numbers = [shape.hidden_size**2 for shape in shapes] if setting == "parameters" else values
+        numbers = [float(size.rstrip("M")) for size in SHAPES] if setting == "parameters" else values
         rows = []
         for name, ys in zip(("rollout", "update"), zip(*seconds, strict=True), strict=True):
             slope = exponent([float(x) for x in numbers], list(ys))
             rows.append([name, *(f"{y:.2f} s" for y in ys), f"{slope:.2f}"])
             axes.loglog(numbers, ys, marker="o", label=f"{name}, exponent {slope:.2f}")
         print(markdown([setting, *map(str, values), "exponent"], rows), "\n", flush=True)
-        axes.set(xlabel="hidden size squared" if setting == "parameters" else setting, ylabel="CPU seconds")
+        axes.set(xlabel="million parameters" if setting == "parameters" else setting, ylabel="CPU seconds")
+        axes.set_xticks(numbers, [str(value).rstrip("M") for value in values])
+        axes.minorticks_off()
         axes.legend(frameon=False, fontsize=8)
         axes.grid(alpha=0.25)
     figure.savefig(Path("docs/growth.png"), dpi=110)

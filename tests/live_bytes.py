@@ -102,7 +102,9 @@ def fake_ranks(count: int, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     dist.init_process_group("fake", rank=0, world_size=count, store=FakeStore())
     try:
         mesh = device_mesh.init_device_mesh("cpu", (count,))
-        monkeypatch.setattr(device_mesh, "init_device_mesh", lambda *others: mesh)  # it reads numbers
+        monkeypatch.setattr(
+            device_mesh, "init_device_mesh", lambda *others: mesh
+        )  # made above: fake tensors have no values to read
         monkeypatch.setattr(ranks, "gather", lambda mine: mine)
         monkeypatch.setattr(F, "rms_norm", lambda x, shape, weight, eps: FusedNorm.apply(x, weight))
         monkeypatch.setattr(qwen2_model, "wide_matmul", FakeWideMatmul.apply)

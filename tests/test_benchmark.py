@@ -4,7 +4,10 @@ A ratio of two ways to a gradient means something only if it is the same gradien
 and FLOPs are those of the model. No card has run the parts for CUDA, so here they run with CUDA's own calls replaced.
 """
 
+import inspect
 import json
+import sys
+import textwrap
 from argparse import Namespace
 from dataclasses import replace
 from pathlib import Path
@@ -18,8 +21,11 @@ from torch.utils.flop_counter import FlopCounterMode
 import benchmark
 from benchmark import ForcedDecoder, Workload, accumulate_gradient, main, naive_gradient
 from config import load_config
-from data_types import Sampling
+from countdown_task import Problem
+from data_types import Progress, Sampling
 from rollout import Decoder, KVCache
+from run import Agent
+from train import next_problems
 
 ROOT = Path(__file__).resolve().parent.parent
 SIZE = ["train.threads=1", "rollout.group_size=4", "rollout.questions_per_step=4", "rollout.max_new_tokens=64"]
@@ -170,3 +176,56 @@ def test_plans_tables_and_comparisons_are_printed(tmp_path, monkeypatch, capsys)
         printed = "".join(capsys.readouterr())
         assert all(words in printed for words in expected), printed
     assert printed in (ROOT / "benchmarks" / "README.md").read_text()
+
+
+CLONE = {
+    "grpo.py": """
+        import data_types, tokenizer
+        def rollout(model, batch, tokenizer, limit, group, reward_function, device, dtype):
+            rewards = [reward_function(t, batch.numbers[0], 0, tokenizer.eos_token)["reward"] for t in model.texts]
+            model.calls += [limit, group, rewards, batch.prefix_token_ids]
+            model.calls += [tokenizer.pad_token_id, tokenizer.eos_token_id]
+            return model.episodes
+        def update_policy(model, optimizer, episodes, micro_batch_size, pad_token_id, max_grad_norm, device, dtype):
+            model.calls += [episodes, optimizer.param_groups[0]["lr"], pad_token_id, max_grad_norm]""",
+    "qwen2_model.py": """
+        from dataclasses import dataclass
+        import torch
+        @dataclass
+        class Qwen2Config:
+            hidden_size: int
+            attention_dropout: float = 0.0
+        class Transformer(torch.nn.Linear):
+            def __init__(self, config, device): super().__init__(config.hidden_size, 1); self.calls = []
+            def load_state_dict(self, weights): self.weights = weights""",
+    "data_types.py": "from types import SimpleNamespace as MiniBatch",
+    "tokenizer.py": "",
+}
+
+
+def test_grpo_zero_gets_the_same_work_and_its_modules_do_not_replace_ours_of_the_same_names(tmp_path, monkeypatch):
+    for name, text in CLONE.items():
+        (tmp_path / name).write_text(textwrap.dedent(text))
+    monkeypatch.chdir(ROOT)
+    work, ours = Workload(load_config("config_tiny.yml", SIZE), None), sys.modules["grpo"]
+    work.problems[0] = Problem((1, 2, 3), 6)
+    step = benchmark.grpo_zero_step(tmp_path, work)
+    inside = inspect.getclosurevars(step).nonlocals
+    assert sys.modules["grpo"] is ours is not inside["theirs"]
+    model = inside["model"]
+    model.texts = [f"</think><answer>1 + 2 + 3</answer>{end}" for end in ("<|im_end|>", "")]
+    model.episodes = [Namespace(generated_token_ids=[1, 2, 3])]
+    assert step() == [3]
+    pad, end = work.tokenizer.end_ids
+    assert work.tokenizer.decode([pad, end]) == "<|endoftext|><|im_end|>"
+    assert model.calls == [64, 4, [1.1, 1.0], work.prompts, pad, end, model.episodes, 0.0, pad, 1.0]
+    assert all(torch.equal(weight, model.weights[name]) for name, weight in work.policy.state_dict().items())
+
+
+def test_a_benchmark_without_shape_takes_the_questions_of_the_runs_first_step(monkeypatch):
+    """It took the first of the file, which are the easiest: 28 tokens per response instead of 35."""
+    monkeypatch.chdir(ROOT)
+    config = load_config("config_tiny.yml", SIZE)
+    agent = Agent(config, Path("tiny"))
+    run = Namespace(training=agent.training, config=config, progress=Progress())
+    assert Workload(config, None).problems == next_problems(run, 0)

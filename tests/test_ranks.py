@@ -1,17 +1,18 @@
 """Several processes, as torchrun starts them: the same run as one, and an end when one of them is lost.
 
-PYTHONPATH=.:tests python tests/test_ranks.py     # the table of 1, 2 and 4 ranks
+PYTHONPATH=.:tests python tests/test_ranks.py     # 1, 2 and 4 ranks; saved on 2, continued on 1, 2 and 4
 """
 
 import contextlib
 import json
 import multiprocessing
 import os
+import shutil
 import signal
 import socket
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from datetime import timedelta
 from pathlib import Path
 
@@ -32,7 +33,7 @@ def work(rank: int, count: int, port: int, typed: list[str], log: Path, fault: C
     os.environ |= {key: str(value) for key, value in place.items()}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     if fault:
-        ranks.PATIENCE = timedelta(seconds=10)
+        ranks.PATIENCE = timedelta(seconds=6)
     if fault and rank == count - 1:
         fault()
     with open(log, "a") as file, contextlib.redirect_stdout(file), contextlib.redirect_stderr(file):
@@ -157,6 +158,20 @@ def test_without_torchrun_there_is_one_rank():
     assert ranks.on_first(lambda: 5) == 5
 
 
+def continued(folder: Path, alone: Done, shard: str) -> Iterator[dict[str, object]]:
+    """A run of two processes, one of which is killed, continued by one, two and four."""
+    lost, status = launch(folder / f"lost-{shard}", 2, *HARD, f"train.shard={shard}", fault=kill_one)
+    assert status[0] == 2
+    assert not (lost.folder / "final").exists()
+    for count in (1, 2, 4):
+        copy = shutil.copytree(lost.folder, folder / f"lost-{shard}-{count}")
+        done, status = launch(copy, count, f"train.shard={shard}", resumed=True)
+        assert status == [0] * count, done.printed
+        _, metrics, weights = differences(alone, done)
+        assert same(alone, done)
+        yield {"saved on": 2, "continued on": count, "shard": shard, "metrics": metrics, "weights": weights}
+
+
 if __name__ == "__main__":
     import tempfile
 
@@ -166,4 +181,7 @@ if __name__ == "__main__":
         first, metrics, weights = differences(runs[1], done)
         figures = {"first step": first, "all metrics": metrics, "weights": weights}
         print(json.dumps({"ranks": count, "samples": "the same", **figures}))
+    for shard in ("false", "true"):
+        for figures in continued(folder, runs[1], shard):
+            print(json.dumps(figures), flush=True)
     sys.exit()
