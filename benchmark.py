@@ -565,6 +565,7 @@ def peers(work: Workload, options: argparse.Namespace) -> Figures:
 
         def on_step_end(self, *others: object, **more: object) -> None:
             seconds["trl"].append(time.perf_counter() - self.began)
+            del lengths["trl"][: -len(work.uniforms)]  # of the last step, as with the others
             gc.collect()
             gc.freeze()  # GRPO-Zero collects garbage in each step: not that of the others
             for name, run in runs.items():
@@ -601,6 +602,8 @@ def train_with_trl(work: Workload, steps: int, reward: Callable[..., list[float]
 
 def grpo_zero_step(folder: Path, work: Workload) -> Callable[[], list[int]]:
     """A step of GRPO-Zero, whose files are in `folder`; it returns the lengths of its responses."""
+    if not (folder / "grpo.py").is_file():
+        raise UserError(f"{folder}: not a clone of GRPO-Zero, there is no grpo.py")
     names = ("grpo", "qwen2_model", "data_types", "tokenizer")  # modules of ours have these names, too
     with patch.dict(sys.modules), patch.object(sys, "path", [str(folder), *sys.path]):
         for name in names:

@@ -103,7 +103,7 @@ def plan_memory(
         two_layers = 2 * size * in_layer + (size + 4) * in_layer + 1.6 * layer
         chunk_backward = CHUNK_TOKENS * (12 * vocabulary + warped)  # the first log-softmax is not alive then
         in_backward = size * (outside + head) + max(two_layers, chunk_backward)
-        reduced_last = (size + 4) * outside - kept  # on top of `kept`, which is free by then
+        reduced_last = (size + 4) * outside - kept  # kept activations are free by then
         working = max(in_backward, size * outside + chunk, reduced_last, slices - kept)
     update = {
         "update: gradients (fp32)": 4 * weights / parts,

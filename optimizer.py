@@ -141,7 +141,7 @@ class AdamW:
         return tensors | {f"{i}.master": weight for i, weight in enumerate(self.masters)}
 
     def save(self) -> dict[str, Tensor]:
-        """`tensors()`, those of sharded weights put together from all ranks: on rank 0, on the CPU."""
+        """`tensors()`, those of sharded weights put together on rank 0, on the CPU; empty on the others."""
         tensors = self.tensors()
         likes = {name: self.parameters[int(name.partition(".")[0])] for name in tensors}
         return {n: whole_tensor(t, likes[n]) if hasattr(likes[n], "to_local") else t for n, t in tensors.items()}

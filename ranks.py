@@ -145,7 +145,7 @@ def whole(policy: Qwen2, dtype: torch.dtype) -> Qwen2:
 
 
 def whole_tensor(part: torch.Tensor, like: Any) -> torch.Tensor:
-    """On rank 0 the flat tensor, on the CPU, of which every rank has a part that is laid out as its part of `like`."""
+    """The whole flat tensor on rank 0, on the CPU; empty elsewhere. `part` is this rank's, laid out as `like` is."""
     from torch.distributed.tensor import DTensor
 
     layout = {"shape": like.shape, "stride": like.stride()}

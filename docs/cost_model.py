@@ -88,6 +88,7 @@ def predict(shape: Qwen2Config, card: Card, cards: int, batch: Batch, checkpoint
     total, used = parameters(shape)
     rows = batch.responses / cards
     sharded = total * (2 + 4 + 6) > 0.9 * card.memory  # split: bf16 weights, fp32 gradients, 6 bytes of state
+    # in the rollout: fp32 weights and moments, sharded, and all the weights in bf16
     if sharded and total * (12 / cards + 2) > 0.9 * card.memory:
         return None
     flops, bandwidth = card.flops * card.flop_utilisation, card.bandwidth * card.bandwidth_utilisation
@@ -191,7 +192,7 @@ def check() -> str:
             [size, batch, *(f"{guess:.2f} / {seconds:.2f} = {guess / seconds:.2f}" for guess, seconds in pairs)]
         )
         print(rows[-1], file=sys.stderr, flush=True)
-    head = ["size", "responses x limit", "rollout, predicted / measured seconds", "update"]
+    head = ["parameters", "responses x limit", "rollout, predicted / measured seconds", "update"]
     used = f"FLOPs {card.flop_utilisation:.2f} of {card.flops / 1e9:.0f} GFLOP/s, "
     used += f"bandwidth {card.bandwidth_utilisation:.2f} of {card.bandwidth / 1e9:.1f} GB/s"
     typical, worst = (math.exp(error) - 1 for error in (median(errors), max(errors)))

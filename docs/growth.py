@@ -16,6 +16,7 @@ import time
 from pathlib import Path
 
 from matplotlib.figure import Figure
+from matplotlib.ticker import NullLocator
 
 import benchmark
 from benchmark import Workload, markdown, timed
@@ -72,7 +73,7 @@ def main() -> None:
     time.perf_counter = time.process_time
     benchmark.SHAPES |= SHAPES
     figure = Figure(figsize=(12, 3.4), layout="constrained")
-    for axes, (setting, values) in zip(figure.subplots(1, 4), AXES.items(), strict=True):
+    for axes, (setting, values) in zip(figure.subplots(1, 4, sharey=True), AXES.items(), strict=True):
         seconds = [measure(setting, value) for value in values]
         numbers = [float(size.rstrip("M")) for size in SHAPES] if setting == "parameters" else values
         rows = []
@@ -83,7 +84,7 @@ def main() -> None:
         print(markdown([setting, *map(str, values), "exponent"], rows), "\n", flush=True)
         axes.set(xlabel="million parameters" if setting == "parameters" else setting, ylabel="CPU seconds")
         axes.set_xticks(numbers, [str(value).rstrip("M") for value in values])
-        axes.minorticks_off()
+        axes.xaxis.set_minor_locator(NullLocator())
         axes.legend(frameon=False, fontsize=8)
         axes.grid(alpha=0.25)
     figure.savefig(Path("docs/growth.png"), dpi=110)
