@@ -53,14 +53,13 @@ from config import load_config
 from data_types import Config, Episode, Sampling, TrainSettings, UserError
 from files import read_json, write_text, writing
 from grpo import accumulate_gradient, apply_gradient, assign_advantages, assign_token_weights
-from hub import find_data
 from memory import GIB, advice, out_of_memory, plan_memory
-from model_folder import find_folder, load_model, read_model_config
+from model_folder import find_folder, read_model_config
 from optimizer import AdamW
 from qwen2_model import Qwen2, Qwen2Config, wide_matmul
 from rollout import Decoder, GraphedSteps, KVCache, Response, Sampler, round_up, warp
-from run import find_device
-from task import grade, load_task, problem_order, split_problems
+from run import Agent, find_device
+from task import grade, load_task, problem_order
 from tokenizer import Tokenizer
 
 Figures = dict[str, Any]  # as they go to the JSON
@@ -190,7 +189,7 @@ class Workload:
         questions, limit = config.rollout.questions_per_step, config.rollout.max_new_tokens
         self.uniforms = torch.rand(questions * config.rollout.group_size, limit, generator=generator)
         self.tokenizer: Tokenizer | None = None
-        self.task = task = load_task(config.data.task)
+        self.task = load_task(config.data.task)
         if size:
             self.problems: list[Any] = [None] * questions
             self.prompts = [[i % 100] * (140 + i % 8) for i in range(questions)]
@@ -199,17 +198,12 @@ class Workload:
             lengths = (normal * 0.8 + math.log(331) - 0.8**2 / 2).exp().clamp(1, limit)  # (rows, 1), log-normal
             self.uniforms = self.uniforms.clamp(min=1e-6) * (torch.arange(1, limit + 1) <= lengths)
         else:
-            folder = find_folder(config.model)
-            self.tokenizer = tokenizer = Tokenizer(folder)
-            path = str(find_data(config.data)) if config.data.path else ""
-            problems = list(task.load_problems(replace(config.data, path=path)))
-            training = split_problems(task, problems, config.data.held_out)[0]
-            order = problem_order(len(training), config.train.seed, 0)[:questions]
-            self.problems = [training[i] for i in order]  # those of the run's first step
-            texts = [task.question_text(problem) for problem in self.problems]
-            self.prompts = [tokenizer.encode_prompt(text, task.ASSISTANT_PREFIX) for text in texts]
-            self.policy = load_model(folder, self.device, dtype)
-            self.policy.vocabulary = len(tokenizer)
+            agent = Agent(config, find_folder(config.model))
+            agent.load(max_rows=0)
+            order = problem_order(len(agent.training), config.train.seed, 0)[:questions]  # the run's first step
+            self.problems = [agent.training[i] for i in order]
+            self.prompts = [agent.encode_prompt(problem) for problem in self.problems]
+            self.tokenizer, self.policy = agent.tokenizer, agent.policy
         self.policy.checkpoint_layers = config.train.activation_checkpointing
         config = replace(config, data=replace(config.data, held_out=1))  # more rows than a step's are not sampled here
         self.plan = plan_memory(config, self.policy.config, max(map(len, self.prompts)), available)
@@ -237,6 +231,9 @@ class Workload:
         assign_advantages(episodes, self.config)
         assign_token_weights(episodes, self.config)
         return episodes
+
+    def reward(self, problem: Any, text: str, truncated: bool) -> float:
+        return sum(grade(self.task, Episode(problem, [], [], [], truncated, text)).values())
 
     @cached_property
     def episodes(self) -> list[Episode]:
@@ -266,6 +263,19 @@ class Workload:
         step = partial(apply_gradient, self.policy, optimizer, train.max_grad_norm)
         self.optimizer_seconds.append(timed(step, self.device))
         return sum(episode.length for episode in self.active)
+
+    def whole_step(self, optimizer: AdamW) -> list[int]:
+        """Rollout, rewards and advantages, update; returns the lengths of the responses."""
+        episodes = self.assess(self.sample())
+        self.update(optimizer)
+        return [len(episode.response_ids) for episode in episodes]
+
+    def best_seconds(self, rounds: int) -> tuple[float, float]:
+        """The least that a rollout and an update took in so many rounds, the update's after a first that warms up."""
+        optimizer = self.make_optimizer()
+        self.update(optimizer)
+        rollout = min(timed(self.sample, self.device) for _ in range(rounds))
+        return rollout, min(timed(partial(self.update, optimizer), self.device) for _ in range(rounds))
 
 
 def without(run: Run, *stand_ins: tuple[Any, str, Any]) -> Run:
@@ -520,9 +530,9 @@ def memory(work: Workload, options: argparse.Namespace) -> Figures:
 
 
 def step(work: Workload, options: argparse.Namespace) -> Figures:
-    """A whole training step, the second of two: rollout, rewards and advantages, update."""
+    """A whole training step, the second of two."""
     optimizer = work.make_optimizer()
-    seconds = [timed(lambda: (work.assess(work.sample()), work.update(optimizer)), work.device) for _ in range(2)]
+    seconds = [timed(partial(work.whole_step, optimizer), work.device) for _ in range(2)]
     return {"step_seconds": seconds[1]}
 
 
@@ -536,14 +546,8 @@ def peers(work: Workload, options: argparse.Namespace) -> Figures:
     if not work.tokenizer or work.config.rollout.sampling != Sampling():
         raise UserError("--peers needs a model with a tokenizer, temperature 1 and neither top-k nor top-p")
     decode, ends = work.tokenizer.decode, work.tokenizer.end_ids
-    optimizer, lengths = work.make_optimizer(), {"trl": [0] * 0}
-
-    def our_step() -> list[int]:
-        episodes = work.assess(work.sample())
-        work.update(optimizer)
-        return [len(episode.response_ids) for episode in episodes]
-
-    runs = {"ours": our_step}
+    lengths = {"trl": [0] * 0}
+    runs: dict[str, Callable[[], list[int]]] = {"ours": partial(work.whole_step, work.make_optimizer())}
     if options.grpo_zero:
         runs["grpo_zero"] = grpo_zero_step(options.grpo_zero, work)
     seconds: dict[str, list[float]] = {name: [] for name in ("trl", *runs)}
@@ -552,12 +556,12 @@ def peers(work: Workload, options: argparse.Namespace) -> Figures:
         lengths[name] = run()
 
     def reward(completion_ids: list[list[int]], question: list[int], **others: object) -> list[float]:
-        episodes = []
+        rewards = []
         for ids, number in zip(completion_ids, question, strict=True):
             cut = ids[-1] not in ends
-            episodes.append(Episode(work.problems[number], [], ids, [], cut, decode(ids if cut else ids[:-1])))
+            rewards.append(work.reward(work.problems[number], decode(ids if cut else ids[:-1]), cut))
         lengths["trl"] += map(len, completion_ids)
-        return [sum(grade(work.task, episode).values()) for episode in episodes]
+        return rewards
 
     class Turns(TrainerCallback):
         def on_step_begin(self, *others: object, **more: object) -> None:
@@ -624,9 +628,8 @@ def grpo_zero_step(folder: Path, work: Workload) -> Callable[[], list[int]]:
     batch = data_types.MiniBatch(**prompts, numbers=problems, target=problems)
 
     def reward(response: str, numbers: Any, target: object, end_token: str) -> Figures:
-        ended = response.endswith(end_token)
-        episode = Episode(numbers, [], [], [], not ended, response.removesuffix(end_token))
-        return {"reward": sum(grade(work.task, episode).values()), "reward_info": {}}
+        truncated = not response.endswith(end_token)
+        return {"reward": work.reward(numbers, response.removesuffix(end_token), truncated), "reward_info": {}}
 
     def step() -> list[int]:
         limit, group, norm = limits.max_new_tokens, limits.group_size, work.config.train.max_grad_norm

@@ -17,7 +17,7 @@ from statistics import fmean, median
 import torch
 
 import benchmark
-from benchmark import SHAPES, Workload, copy_bandwidth, markdown, matmul_rate, shape_config, timed
+from benchmark import SHAPES, Workload, copy_bandwidth, markdown, matmul_rate, shape_config
 from config import load_config
 from qwen2_model import Qwen2, Qwen2Config
 
@@ -154,10 +154,7 @@ def measured(size: str, batch: str) -> tuple[Batch, float, float]:
     squares = fmean(length**2 for length in lengths)
     active = sum(e.length for e in work.active) / sum(e.length for e in work.episodes)
     found = Batch(len(lengths), prompt, fmean(lengths), squares, max(lengths), group, active)
-    optimizer = work.make_optimizer()
-    work.update(optimizer)
-    rollout = min(timed(work.sample, work.device) for _ in range(2))
-    return found, rollout, min(timed(lambda: work.update(optimizer), work.device) for _ in range(2))
+    return found, *work.best_seconds(rounds=2)
 
 
 def calibrated(card: Card, shape: Qwen2Config, batch: Batch, rollout: float, update: float) -> Card:

@@ -19,7 +19,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import NullLocator
 
 import benchmark
-from benchmark import Workload, markdown, timed
+from benchmark import Workload, markdown
 from config import load_config
 
 BASE = ["train.threads=1", "rollout.group_size=8", "rollout.questions_per_step=8", "rollout.max_new_tokens=128"]
@@ -42,10 +42,7 @@ def measure(setting: str, value: int | str) -> tuple[float, float]:
     if setting == "max_new_tokens":  # the same distribution of lengths, as a share of the limit
         uniforms = Workload(load_config("config_tiny.yml", [*BASE, "rollout.max_new_tokens=1024"]), size).uniforms
         work.uniforms = uniforms[:, :: 1024 // int(value)]
-    optimizer = work.make_optimizer()
-    work.update(optimizer)
-    rollout = min(timed(work.sample, work.device) for _ in range(3))
-    return rollout, min(timed(lambda: work.update(optimizer), work.device) for _ in range(3))
+    return work.best_seconds(rounds=3)
 
 
 def with_ranks(count: int) -> tuple[float, float]:
