@@ -3,7 +3,6 @@
     python evaluate.py runs/NAME/final                                # a table; with --json one line
     python evaluate.py runs/NAME/final --numbers 3 7 12 --target 33   # one answer, as it is sampled, and its grade
     python evaluate.py --compare tiny runs/NAME/final                 # two models on the same problems, some answers
-    python evaluate.py --examine tiny runs/NAME/final                 # what the task measures in how they think
 
 Any Qwen2.5 folder or hub id works. The settings (task, problems, length limit, device) are those of the run that a
 model belongs to, else of config_tiny.yml; --config and SETTING=VALUE choose others.
@@ -19,22 +18,24 @@ import re
 import sys
 from collections.abc import Iterator
 from contextlib import redirect_stdout
+from functools import partial
 from pathlib import Path
 from statistics import fmean
 from typing import Any, get_args, get_type_hints
 
 import torch
 
-from config import load_config
-from data_types import Episode, Sampling, UserError
-from model_folder import find_folder
+from data_types import Episode
+from plumbing.config import load_config
+from plumbing.model_folder import find_folder
+from plumbing.run import Agent, set_up
+from plumbing.tasks import grade, load_task
+from plumbing.terminal import UserError, exit_status, run_program, say
 from rollout import Decoder, KVCache
-from run import Agent, memory_in_one_line
-from task import Task, grade, load_task
-from terminal import complain, run_program, say
-from train import make_generator, mean_and_error, sample
+from train import make_generator, mean_and_error
 
-ROWS = 256  # responses sampled at the same time; fewer where memory runs out
+ROWS = 256  # responses sampled at a time; fewer where memory runs out
+OVERRIDE = re.compile(r"[a-z_]+\.[a-z0-9_]+=")
 Figures = dict[str, Any]  # as --json prints them
 
 
@@ -44,14 +45,16 @@ def load_agent(model: str, config_path: Path, overrides: list[str]) -> Agent:
         model = f"{model}/final"
     own = [] if model == load_config(config_path).model.path else ["model.revision=main"]
     config = load_config(config_path, ["model.device=auto", *own, *overrides, f"model.path={model}"])
-    agent = Agent(config, find_folder(config.model))
-    agent.load(ROWS)
-    return agent
+    return set_up(config, find_folder(config.model), ROWS)
 
 
 def find_config(words: list[str]) -> Path:
-    """The config.yml of the run that one of the words is a folder of, else the tiny model's."""
-    folders = [folder for word in words for folder in (Path(word), *Path(word).parents[:2]) if Path(word).is_dir()]
+    """The file after --config, the config.yml of the run that one of the words is a folder of, or the tiny model's."""
+    if "--config" in words[:-1]:
+        return Path(words[words.index("--config") + 1])
+    folders = [
+        folder for word in words for folder in (Path(word), *Path(word).parents[:2]) if Path(word).is_dir()
+    ]
     found = [folder / "config.yml" for folder in folders if (folder / "metrics.jsonl").is_file()]
     return [*found, Path(__file__).parent / "config_tiny.yml"][0]
 
@@ -62,15 +65,15 @@ def find_config(words: list[str]) -> Path:
 def respond(agent: Agent, count: int, temperature: float, seed: int) -> list[list[Episode]]:
     """`count` graded responses to each held-out problem; the same random numbers for every model."""
     generator = make_generator(seed, "evaluation", 0)
-    episodes = sample(agent, agent.held_out, count, Sampling(temperature), generator)
+    episodes = agent.sampler.rollout(agent.held_out, count, temperature, generator)
     for episode in episodes:
-        episode.rewards = grade(agent.task, episode)
+        episode.rewards = grade(agent.sampler.task, episode)
     return [episodes[first : first + count] for first in range(0, len(episodes), count)]
 
 
 def scores(agent: Agent, responses: list[list[Episode]]) -> list[list[float]]:
     """By problem and response."""
-    return [[episode.rewards[agent.task.SCORE] for episode in group] for group in responses]
+    return [[episode.rewards[agent.sampler.task.SCORE] for episode in group] for group in responses]
 
 
 def best_of(k: int, values: list[float]) -> float:
@@ -79,7 +82,9 @@ def best_of(k: int, values: list[float]) -> float:
     For scores of 0 and 1 that is pass@k (arXiv 2107.03374, eq. 1): 1 - C(n - c, k) / C(n, k) with c successes.
     """
     ways = [math.comb(place, k - 1) for place in range(len(values))]  # to draw k - 1 of the scores below it
-    return sum(way * value for way, value in zip(ways, sorted(values), strict=True)) / math.comb(len(values), k)
+    return sum(way * value for way, value in zip(ways, sorted(values), strict=True)) / math.comb(
+        len(values), k
+    )
 
 
 def describe(agent: Agent, responses: list[list[Episode]]) -> Figures:
@@ -88,17 +93,17 @@ def describe(agent: Agent, responses: list[list[Episode]]) -> Figures:
     episodes = [episode for group in responses for episode in group]
     parts = {name: fmean(e.rewards.get(name, 0.0) for e in episodes) for name in episodes[0].rewards}
     return {
-        agent.task.SCORE: score,
+        agent.sampler.task.SCORE: score,
         "standard error": error,
         "reward": fmean(e.reward for e in episodes),
-        **{f"reward_{name}": value for name, value in parts.items() if name != agent.task.SCORE},
+        **{f"reward_{name}": value for name, value in parts.items() if name != agent.sampler.task.SCORE},
         "tokens per response": fmean(len(e.response_ids) for e in episodes),
         "truncated": fmean(e.truncated for e in episodes),
     }
 
 
 def evaluate(agent: Agent, count: int, temperature: float, seed: int) -> Figures:
-    """Greedy and sampled scores, the best of k, and the score by kind of problem."""
+    """Greedy and sampled scores, and the best of k."""
     greedy, sampled = respond(agent, 1, 0.0, seed), respond(agent, count, temperature, seed)
     columns = {"greedy": describe(agent, greedy), "sampled": describe(agent, sampled)}
     by_problem = scores(agent, sampled)
@@ -106,13 +111,6 @@ def evaluate(agent: Agent, count: int, temperature: float, seed: int) -> Figures
     for k in (2**power for power in range(count.bit_length())):
         name = f"pass@{k}" if binary else f"best of {k}"
         columns["sampled"][name] = fmean(best_of(k, group) for group in by_problem)
-    kinds: dict[str, list[int]] = {}
-    for number, problem in enumerate(agent.held_out):
-        kinds.setdefault(agent.task.problem_kind(problem), []).append(number)
-    for kind, members in sorted(kinds.items()) if len(kinds) > 1 else ():
-        for name, responses in (("greedy", greedy), ("sampled", sampled)):
-            group = scores(agent, [responses[number] for number in members])
-            columns[name][f"{kind} ({len(members)})"] = fmean(map(fmean, group))
     return {"problems": len(agent.held_out), "samples": count, "temperature": temperature, **columns}
 
 
@@ -135,8 +133,9 @@ def compare(agents: dict[str, Agent], count: int, temperature: float, seed: int)
     (first, one), (second, other) = agents.items()
     figures: Figures = {}
     lines: list[str] = []
-    for kind, number, heat in (("greedy", 1, 0.0), ("sampled", count, temperature)):
-        before, after = respond(one, number, heat, seed), respond(other, number, heat, seed)
+    for kind in ("greedy", "sampled"):
+        how = (1, 0.0, seed) if kind == "greedy" else (count, temperature, seed)
+        before, after = respond(one, *how), respond(other, *how)
         pairs = list(zip(scores(one, before), scores(other, after), strict=True))
         difference, error = mean_and_error([fmean(theirs) - fmean(mine) for mine, theirs in pairs])
         figures[kind] = {
@@ -150,61 +149,65 @@ def compare(agents: dict[str, Agent], count: int, temperature: float, seed: int)
             better = [i for i, (mine, theirs) in enumerate(pairs) if theirs > mine]
             worse = [i for i, (mine, theirs) in enumerate(pairs) if theirs < mine]
             for i in better[:2] + worse[:1]:
-                lines += ["", one.task.question_text(one.held_out[i])]
+                lines += ["", one.sampler.task.question_text(one.held_out[i])]
                 for name, (episode,) in ((first, before[i]), (second, after[i])):
                     reward = f"---- {name}, reward {episode.reward:.2f}:"
-                    lines += [reward, one.task.ASSISTANT_PREFIX + episode.text]
+                    lines += [reward, one.sampler.task.ASSISTANT_PREFIX + episode.text]
     return figures, lines
 
 
 # ---- One question ----------------------------------------------------------------------------------------------
 
 
-def add_problem_options(parser: argparse.ArgumentParser, task: Task) -> list[str]:
-    """An option for each field of the task's Problem, such as --numbers 3 7 12; returns the fields' names."""
-    types = get_type_hints(task.Problem) if task.Problem else {}
-    for name, kind in types.items():
+def problem_options(task_problem: Any) -> dict[str, dict[str, Any]]:
+    """What argparse is to know of each field of a task's Problem, such as --numbers 3 7 12."""
+    options: dict[str, dict[str, Any]] = {}
+    for name, kind in get_type_hints(task_problem).items() if task_problem else ():
         several = get_args(kind)
-        kind = several[0] if several else kind
-        parser.add_argument(f"--{name}", type=kind, nargs="+" if several else None, help="of the problem to ask about")
-    return list(types)
+        options[name] = {"type": several[0] if several else kind, "nargs": "+" if several else None}
+    return options
 
 
 @torch.inference_mode()
-def stream(agent: Agent, problem: Any, sampling: Sampling, seed: int) -> Episode:
-    """Print one response while it is sampled; the same one that `Sampler.generate` gives."""
-    prompt, limit = agent.encode_prompt(problem), agent.config.rollout.max_new_tokens
-    if len(prompt) + limit > agent.shape.max_position_embeddings:
-        raise UserError(f"a prompt of {len(prompt)} tokens is too long for this model: lower rollout.max_new_tokens")
-    uniforms = torch.rand(1, limit, generator=make_generator(seed, "evaluation", 0)).to(agent.device)
-    cache = KVCache(agent.policy, [len(prompt)], group=1, max_new=limit)
-    decoder = Decoder(agent.policy, cache, uniforms, agent.tokenizer.end_ids, sampling)
+def stream(agent: Agent, problem: Any, temperature: float, seed: int) -> Episode:
+    """Print one response while it is sampled; the same one that `Sampler.rollout` gives."""
+    sampler, policy, limit = agent.sampler, agent.sampler.policy, agent.sampler.max_new_tokens
+    prompt = sampler.encode_prompt(problem)
+    if len(prompt) + limit > policy.config.max_position_embeddings:
+        raise UserError(
+            f"a prompt of {len(prompt)} tokens is too long for this model: lower rollout.max_new_tokens"
+        )
+    uniforms = torch.rand(1, limit, generator=make_generator(seed, "evaluation", 0)).to(policy.head.device)
+    cache = KVCache(policy, [len(prompt)], group=1, max_new=limit)
+    decoder = Decoder(policy, cache, uniforms, sampler.tokenizer.end_ids, temperature)
     decoder.prefill([prompt])
     shown = ""
     while True:
-        (response,) = decoder.responses()
-        text = agent.tokenizer.decode(response.text_ids)
-        if not text.endswith("\N{REPLACEMENT CHARACTER}"):  # half of a character: the next token may complete it
+        ((ids, logprobs, truncated),) = decoder.responses()
+        text = sampler.tokenizer.decode(ids if truncated else ids[:-1])
+        if not text.endswith(
+            "\N{REPLACEMENT CHARACTER}"
+        ):  # half of a character: the next token may complete it
             say(text.removeprefix(shown), end="")
             shown = text
-        if not response.truncated or len(response.ids) == limit:
+        if not truncated or len(ids) == limit:
             break
-        decoder.step(1, cache.prompt_columns + len(response.ids))
+        decoder.step(1, cache.prompt_columns + len(ids))
     say(text.removeprefix(shown))
-    return Episode(problem, prompt, response.ids, response.logprobs, response.truncated, text)
+    return Episode(problem, prompt, ids, logprobs, truncated, text)
 
 
 def ask(agent: Agent, values: Figures, temperature: float, seed: int) -> Figures:
     """Put one problem to the model and grade its response."""
     try:
-        problem = agent.task.Problem(**values)
-        question = agent.task.question_text(problem)
+        problem = agent.sampler.task.Problem(**values)
+        question = agent.sampler.task.question_text(problem)
     except (TypeError, ValueError) as error:
         raise UserError(f"not a problem of this task: {error}") from None
-    say(f"{question}\n\n{agent.task.ASSISTANT_PREFIX}", end="")
-    episode = stream(agent, problem, Sampling(temperature), seed)
+    say(f"{question}\n\n{agent.sampler.task.ASSISTANT_PREFIX}", end="")
+    episode = stream(agent, problem, temperature, seed)
     try:
-        parts, tokens = grade(agent.task, episode), len(episode.response_ids)
+        parts, tokens = grade(agent.sampler.task, episode), len(episode.response_ids)
     except (ArithmeticError, TypeError, ValueError) as error:
         raise UserError(f"the task cannot grade this: {error}") from None
     terms = " + ".join(f"{name} {value:g}" for name, value in parts.items())
@@ -216,80 +219,64 @@ def ask(agent: Agent, values: Figures, temperature: float, seed: int) -> Figures
 # ---- The command line ------------------------------------------------------------------------------------------
 
 
-def examine(agent: Agent, temperature: float, seed: int) -> Figures:
-    """What the task measures in one response to each held-out problem, beside its score."""
-    responses = respond(agent, 1, temperature, seed)
-    texts = [episode.text for (episode,) in responses]
-    return describe(agent, responses) | agent.task.examine(texts, agent.held_out)
-
-
 def main(argv: list[str] | None = None) -> int:
-    words = sys.argv[1:] if argv is None else argv
-    try:
-        return run(words)
-    except UserError as error:
-        complain(f"evaluate.py: {error}")
-        return 2
-    except KeyboardInterrupt:
-        return 130
+    return exit_status("evaluate.py", partial(run, sys.argv[1:] if argv is None else argv))
 
 
-def run(words: list[str]) -> int:
-    early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    early.add_argument("--config", type=Path, help="its settings instead of those of the run that a model belongs to")
-    early_arguments, rest = early.parse_known_args(words)
-    config_path = early_arguments.config or find_config(rest)
-    overrides = [word for word in rest if re.match(r"[a-z_]+\.[a-z0-9_]+=", word)]
-    parser = argparse.ArgumentParser(
-        description=(__doc__ or "").partition("\n")[0],
-        epilog=(__doc__ or "").partition("\n")[2],
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        parents=[early],
-        allow_abbrev=False,
-    )
+def run(words: list[str]) -> None:
+    config_path = find_config(words)
+    overrides = [word for word in words if OVERRIDE.match(word)]
+    options = problem_options(load_task(load_config(config_path, overrides).data.task).Problem)
+    summary, _, details = (__doc__ or "").partition("\n")
+    parser = argparse.ArgumentParser(description=summary, epilog=details, allow_abbrev=False)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("words", metavar="MODEL or SETTING=VALUE", nargs="*", help="a folder or a hub id")
     parser.add_argument("--compare", action="store_true", help="two models on the same problems")
-    parser.add_argument("--examine", action="store_true", help="what the task measures in responses, for each model")
-    parser.add_argument("--samples", type=int, default=8, help="responses per problem, for sampled scores and pass@k")
+    parser.add_argument("--config", help="its settings instead of those of the run that a model belongs to")
+    parser.add_argument(
+        "--samples", type=int, default=8, help="responses per problem, for sampled scores and pass@k"
+    )
     parser.add_argument("--temperature", type=float, help="default: 1, and 0 (greedy) for a problem of yours")
-    parser.add_argument("--seed", type=int, default=0, help="of the random numbers")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the random numbers")
     parser.add_argument("--json", action="store_true", help="print one line of JSON")
-    names = add_problem_options(parser, load_task(load_config(config_path, overrides).data.task))
+    for name, option in options.items():
+        parser.add_argument(f"--{name}", help="of the problem to ask about", **option)
     arguments = parser.parse_intermixed_args(words)
     models = [word for word in arguments.words if word not in overrides]
-    values = {name: given for name in names if (given := getattr(arguments, name)) is not None}
-    if arguments.compare and (arguments.examine or values):
-        raise UserError("--compare goes with neither --examine nor a question of yours")
-    if not models or (len(models) != (2 if arguments.compare else 1) and not arguments.examine):
-        raise UserError("name one model, such as runs/NAME/final, or two after --compare; --help shows examples")
+    given = {name: getattr(arguments, name) for name in options if getattr(arguments, name) is not None}
+    check_arguments(arguments, models, given)
+    temperature = arguments.temperature if arguments.temperature is not None else 0.0 if given else 1.0
+    agents = {model: load_agent(model, config_path, overrides) for model in models}
+    agent, seed = agents[models[0]], arguments.seed
+    if given:
+        question = {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
+        with redirect_stdout(sys.stderr if arguments.json else sys.stdout):
+            figures, lines = ask(agent, question, temperature, seed), []
+    elif arguments.compare:
+        figures, answers = compare(agents, arguments.samples, temperature, seed)
+        lines = [*table(figures), *answers]
+    else:
+        figures = evaluate(agent, arguments.samples, temperature, seed)
+        lines = [*table({name: figures[name] for name in ("greedy", "sampled")})]
+    if arguments.json:
+        say(json.dumps({"models": models, "task": agent.config.data.task, **figures}))
+    elif lines:
+        say(f"{agent.config.data.task}: {len(agent.held_out)} held-out problems, settings of {config_path}")
+        say("\n".join(lines))
+
+
+def check_arguments(arguments: argparse.Namespace, models: list[str], question: Figures) -> None:
+    """UserError for arguments that do not go together."""
+    if arguments.compare and question:
+        raise UserError("--compare does not go with a question of yours")
+    if len(models) != (2 if arguments.compare else 1):
+        raise UserError(
+            "name one model, such as runs/NAME/final, or two after --compare; --help shows examples"
+        )
     if len({*models}) < len(models):
         raise UserError(f"{models[0]} is named twice")
     if arguments.samples < 1 or (arguments.temperature or 0) < 0:
         raise UserError("--samples must be at least 1 and --temperature at least 0")
-    heat = arguments.temperature if arguments.temperature is not None else 0.0 if values else 1.0
-    with memory_in_one_line():
-        agents = {model: load_agent(model, config_path, overrides) for model in models}
-        agent, seed = agents[models[0]], arguments.seed
-        if values:
-            question = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
-            with redirect_stdout(sys.stderr if arguments.json else sys.stdout):
-                figures, lines = ask(agent, question, heat, seed), []
-        elif arguments.compare:
-            figures, answers = compare(agents, arguments.samples, heat, seed)
-            lines = [*table(figures), *answers]
-        elif arguments.examine:
-            figures = {name: examine(agent, heat, seed) for name, agent in agents.items()}
-            lines = [*table(figures)]
-        else:
-            figures = evaluate(agent, arguments.samples, heat, seed)
-            lines = [*table({name: figures[name] for name in ("greedy", "sampled")})]
-    if arguments.json:
-        say(json.dumps({"models": models, "task": agent.config.data.task, **figures}))
-    else:
-        asked = f"{agent.config.data.task}: {len(agent.held_out)} held-out problems, settings of {config_path}"
-        for line in [asked, *lines] if lines else ():
-            say(line)
-    return 0
 
 
 if __name__ == "__main__":

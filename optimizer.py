@@ -16,24 +16,22 @@ about 1.2 % of its length. Only the head's chunks within one micro-batch (grpo.p
 master weight, at half the price. Its bf16 moments are rounded stochastically: with beta2 = 0.999 one step changes the
 second moment by less than half a bf16 spacing, so rounding to nearest would never let it decay.
 
-The state to save is `steps` and `tensors()`; the learning rate is set from outside, before each step.
+`tensors()` and `steps` are the state to save; the learning rate is set from outside, before each step.
 
 Left out: parameter groups with settings of their own, and 8-bit moments.
 """
 
 import math
 from collections.abc import Iterable
-from functools import partial
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from data_types import TrainSettings
-from ranks import local, part_of, whole_tensor
 
 EPSILON = 1e-8
-
-SLICE = 2**24  # elements updated at a time: fp32 temporaries of a whole embedding would take gigabytes
+SLICE = 2**24  # elements updated at a time: temporaries of a whole embedding are gigabytes
 
 
 def learning_rate(step: int, settings: TrainSettings) -> float:
@@ -69,54 +67,54 @@ class AdamW:
     """AdamW (arXiv 1711.05101, algorithm 2) for parameters that are all fp32 or all bf16; see the table above."""
 
     def __init__(
-        self, parameters: Iterable[torch.nn.Parameter], settings: TrainSettings, dtype: torch.dtype = torch.float32
+        self, parameters: Iterable[nn.Parameter], settings: TrainSettings, dtype: torch.dtype = torch.float32
     ) -> None:
-        """dtype: of the weights that are saved; where that is bf16, sharded weights, always fp32, are the masters."""
-        self.parameters, self.settings = list(parameters), settings
-        self.mode, self.learning_rate, self.steps = settings.optimizer, settings.learning_rate, 0
+        """dtype: of the weights in a checkpoint; sharded weights are fp32 here and so their own masters."""
+        self.parameters, self.settings, self.dtype = list(parameters), settings, dtype
+        self.learning_rate, self.steps = settings.learning_rate, 0
         self.device = self.parameters[0].device
         self.rounding = torch.Generator(self.device)
         for parameter in self.parameters:
             if parameter.dtype != torch.float32:
-                parameter.grad_dtype = torch.float32  # autograd casts and adds up in fp32
-        self.states = [self._new_state(local(parameter.detach())) for parameter in self.parameters]
-        self.masters = [local(p.detach()) for p in self.parameters if p.dtype != dtype and hasattr(p, "to_local")]
+                parameter.grad_dtype = torch.float32  # autograd casts and accumulates in fp32
+        self.states = [self._new_state(parameter.detach()) for parameter in self.parameters]
 
     def _new_state(self, weight: Tensor) -> dict[str, Tensor]:
-        if self.mode == "split":
+        if self.settings.optimizer == "split":
             dtypes = {"rest": torch.int16, "mean": torch.bfloat16, "square": torch.bfloat16}
         else:
             dtypes = {"master": torch.float32, "mean": torch.float32, "square": torch.float32}
         if weight.dtype == torch.float32:
             del dtypes["master"]  # the weight is its own
-        away = self.mode == "offload"
-        place = torch.device("cpu") if away else weight.device  # pinned, so that copies run at the bus's full speed
-        zeros = partial(torch.zeros, weight.shape, device=place, pin_memory=away and weight.is_cuda)
-        state = {name: zeros(dtype=dtype) for name, dtype in dtypes.items()}
+        # pinned, so that copies run at the bus's full speed
+        away: Any = (
+            {"device": "cpu", "pin_memory": weight.is_cuda} if self.settings.optimizer == "offload" else {}
+        )
+        state = {name: torch.zeros_like(weight, dtype=dtype, **away) for name, dtype in dtypes.items()}
         if "master" in state:
             state["master"].copy_(weight)
         return state
 
     @torch.no_grad()
     def step(self) -> None:
-        """One step along the gradients, slice by slice; state that lives on the host visits the device for it."""
+        """One step along the gradients, slice by slice; offloaded state is copied to the device and back."""
         self.steps += 1
         self.rounding.manual_seed(self.steps)  # so that a resumed run rounds alike
         for parameter, state in zip(self.parameters, self.states, strict=True):
             if parameter.grad is None:
                 continue
-            weight, gradient = local(parameter.detach()), local(parameter.grad)
+            weight, gradient = flat(parameter.detach()), flat(parameter.grad)
             for start in range(0, len(weight), SLICE):
                 part = slice(start, start + SLICE)
-                home = {name: tensor[part] for name, tensor in state.items()}
+                home = {name: flat(tensor)[part] for name, tensor in state.items()}
                 here = {name: tensor.to(self.device, non_blocking=True) for name, tensor in home.items()}
                 self._update(weight[part], gradient[part], here)
                 for name in home:
-                    if here[name] is not home[name]:  # a copy, in offload mode only; this waits, so few are under way
+                    if here[name] is not home[name]:  # offloaded
                         home[name].copy_(here[name])
 
     def _update(self, weight: Tensor, gradient: Tensor, state: dict[str, Tensor]) -> None:
-        """Algorithm 2 on one slice, in fp32; `.float()` of what is fp32 already is the tensor itself."""
+        """Algorithm 2 on one slice, in fp32; `.float()` of an fp32 tensor is the tensor itself."""
         beta1, beta2, rate = self.settings.beta1, self.settings.beta2, self.learning_rate
         split = "rest" in state
         exact = join_bits(weight, state["rest"]) if split else state.get("master", weight)
@@ -136,16 +134,15 @@ class AdamW:
             weight.copy_(exact)
 
     def tensors(self) -> dict[str, Tensor]:
-        """All of the state that is not a number, by names that stay the same from run to run."""
-        tensors = {f"{i}.{name}": tensor for i, state in enumerate(self.states) for name, tensor in state.items()}
-        return tensors | {f"{i}.master": weight for i, weight in enumerate(self.masters)}
+        """All tensors of the state, by names that stay the same from run to run."""
+        tensors: dict[str, Tensor] = {}
+        for i, (weight, state) in enumerate(zip(self.parameters, self.states, strict=True)):
+            tensors |= {f"{i}.{name}": tensor for name, tensor in state.items()}
+            if weight.dtype == torch.float32 != self.dtype:
+                tensors[f"{i}.master"] = weight.detach()
+        return tensors
 
-    def save(self) -> dict[str, Tensor]:
-        """`tensors()`, those of sharded weights put together on rank 0, on the CPU; empty on the others."""
-        tensors = self.tensors()
-        likes = {name: self.parameters[int(name.partition(".")[0])] for name in tensors}
-        return {n: whole_tensor(t, likes[n]) if hasattr(likes[n], "to_local") else t for n, t in tensors.items()}
 
-    def load(self, name: str, tensor: Tensor) -> None:
-        """Take over a tensor that `save` returned, or this rank's part of it."""
-        self.tensors()[name].copy_(part_of(tensor, self.parameters[int(name.partition(".")[0])]))
+def flat(tensor: Any) -> Tensor:
+    """A tensor, or this rank's shard of it (FSDP2), in one dimension."""
+    return (tensor.to_local() if hasattr(tensor, "to_local") else tensor).view(-1)

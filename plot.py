@@ -15,8 +15,7 @@ from typing import Any
 
 import pandas
 
-from data_types import UserError
-from terminal import complain, say
+from plumbing.terminal import UserError, say, warn
 
 
 def read_run(folder: Path) -> pandas.DataFrame:
@@ -56,7 +55,9 @@ def draw(runs: dict[str, pandas.DataFrame], x: str) -> Any:
             there, colour = run.dropna(subset=column), f"C{number}"
             if column == "eval_greedy":
                 error = there.eval_greedy_se
-                axes.errorbar(there[x], there[column], error, color=colour, marker="o", markersize=4, capsize=2)
+                axes.errorbar(
+                    there[x], there[column], error, color=colour, marker="o", markersize=4, capsize=2
+                )
             elif len(there) > 20:  # the points, and their mean over a few steps
                 axes.plot(there[x], there[column], color=colour, alpha=0.25, linewidth=1)
                 smooth = there[column].rolling(5, center=True, min_periods=1).mean()
@@ -89,13 +90,13 @@ def main(argv: list[str] | None = None) -> int:
         runs = dict(zip(titles, map(read_run, arguments.runs), strict=True))
         draw(runs, "minutes" if arguments.minutes else "step").savefig(out, dpi=110)
     except UserError as error:
-        complain(f"plot.py: {error}")
+        warn(f"{error}", "plot.py")
         return 2
     except (OSError, ValueError) as error:  # ValueError: a kind of picture that matplotlib does not know
-        complain(f"plot.py: {out}: cannot be written: {error}")
+        warn(f"{out}: cannot be written: {error}", "plot.py")
         return 2
     except ModuleNotFoundError:
-        complain("plot.py: drawing needs matplotlib: pip install matplotlib")
+        warn("drawing needs matplotlib: pip install matplotlib", "plot.py")
         return 2
     say(f"wrote {out}")
     return 0

@@ -46,8 +46,8 @@ class Qwen2Config:
 
 def rope_tables(config: Qwen2Config, positions: Tensor) -> tuple[Tensor, Tensor]:
     """cos and signed sin of the rotary angles, fp32, each (B, T, 1, D), for positions (B, T)."""
-    exponent = torch.arange(0, config.head_dim, 2, dtype=torch.float32, device=positions.device) / config.head_dim
-    frequency = 1.0 / config.rope_theta**exponent  # (D/2,)
+    dimension = torch.arange(0, config.head_dim, 2, dtype=torch.float32, device=positions.device)
+    frequency = 1.0 / config.rope_theta ** (dimension / config.head_dim)  # (D/2,)
     angle = positions[:, :, None, None].float() * frequency
     cos, sin = angle.cos(), angle.sin()
     return torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)
@@ -67,7 +67,9 @@ def causal_attention(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
     Rows are padded on the right, so no mask is needed: padding comes after every real token.
     """
-    if q.is_cuda and q.dtype == torch.float32:  # only the quadratic fp32 kernel shares K and V among query heads
+    if (
+        q.is_cuda and q.dtype == torch.float32
+    ):  # only the quadratic fp32 kernel shares K and V among query heads
         k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))
     return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.shape[1] != k.shape[1])
 
@@ -112,7 +114,7 @@ class Layer(nn.Module):
 
     def __init__(self, config: Qwen2Config, index: int) -> None:
         super().__init__()
-        self.input_layernorm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)  # x / rms(x) * weight
+        self.input_layernorm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.self_attn = Attention(config, index)
         self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = MLP(config.hidden_size, config.intermediate_size)
@@ -137,14 +139,17 @@ class Qwen2(nn.Module):
         if not config.tie_word_embeddings:
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.vocabulary = config.vocab_size
-        self.checkpoint_layers = False  # recompute each layer in backward instead of keeping its activations
+        self.dtype = torch.float32  # to compute in; weights sharded by FSDP2 are stored in fp32
+        self.checkpoint_layers = False  # in training: backward computes each layer again
 
     @property
     def head(self) -> Tensor:
         """The output matrix, (V, hidden): the embedding's own weights where the model ties them."""
         return (self.embed_tokens if self.config.tie_word_embeddings else self.lm_head).weight
 
-    def forward(self, tokens: Tensor, positions: Tensor | None = None, attend: Attend = causal_attention) -> Tensor:
+    def forward(
+        self, tokens: Tensor, positions: Tensor | None = None, attend: Attend = causal_attention
+    ) -> Tensor:
         """Hidden states (B, T, hidden) after the last norm, for token ids (B, T).
 
         positions (B, T) are each token's place in its row; None counts from zero.
@@ -175,8 +180,8 @@ class Qwen2(nn.Module):
 
     def hf_tensors(self) -> dict[str, Tensor]:
         """The weights under the names that they have in a Hugging Face checkpoint; to copy into one is to load it."""
-        weights = self.state_dict()
-        return {name if name.startswith("lm_head") else f"model.{name}": weight for name, weight in weights.items()}
+        named = self.state_dict().items()
+        return {n if n.startswith("lm_head") else f"model.{n}": weight for n, weight in named}
 
 
 def wide_matmul(hidden: Tensor, head: Tensor) -> Tensor:
@@ -185,7 +190,7 @@ def wide_matmul(hidden: Tensor, head: Tensor) -> Tensor:
     Logits rounded to bf16 would move each logprob by up to 0.06, more than a policy update does. CUDA can return the
     fp32 sums of a bf16 matmul; elsewhere both sides are widened first.
     """
-    if head.dtype == torch.float32 or hidden.device.type in ("cpu", "mps"):
+    if head.dtype == torch.float32 or hidden.device.type == "cpu":
         return hidden.float() @ head.float().t()
     return WideMatmul.apply(hidden, head)
 

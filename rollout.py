@@ -1,38 +1,43 @@
 """Sampling groups of responses with a KV cache: most of a GRPO step's time, so four ideas keep it short.
 
 1. A prompt is prefilled once, and its keys and values are copied to the G rows of its group.
-2. A row that has ended leaves the batch: an active row from the end of the batch moves into its place.
+2. Rows that have ended leave the batch: it is compacted, active rows from its end move into their places.
 3. The query heads that share a kv head are folded into the query length, so K and V are never repeated.
 4. On CUDA the decode steps are replayed from CUDA graphs, and the CPU synchronizes only once every few tokens.
 
-What a row samples never depends on its neighbours. Each row has its own uniform random numbers, one per position, drawn
-before sampling starts, and a token is the inverse CDF of its number. So the order of rows, waves and rows that leave
+What a row samples never depends on its neighbours. Each row has its own uniform random numbers, one per position,
+drawn before sampling starts, and a token is the inverse CDF of its number. So the order of rows, waves and compaction
 change no response (except for the last bits of floating point, which a matmul may round differently in a batch of
 another size).
 
-    sampler = Sampler(policy, tokenizer.end_ids)
-    responses = sampler.generate(prompts, uniforms, Sampling(temperature=1.0))  # len(uniforms) of them
+    sampler = Sampler(policy, tokenizer, task, max_new_tokens=256, rows_at_a_time=Limit("rows", 512))
+    episodes = sampler.rollout(problems, group_size=16, temperature=1.0, generator=generator)
 
-Left out: continuous batching, paged caches and speculative decoding. A training step knows all its rows up front, so
-there is no queue to serve.
+Left out: continuous batching, paged caches and speculative decoding (a training step knows all its rows up front, so
+there is no queue to serve), top-k and top-p (the ratio would compare two different distributions).
 """
 
 import math
-import sys
 from contextlib import suppress
-from typing import NamedTuple
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from data_types import Sampling
+from data_types import COLUMN_BLOCK, PREFILL_TOKENS, Episode
+from plumbing.memory import Limit
+from plumbing.ranks import all_gather, shard_of, unsharded_copy
+from plumbing.tasks import Task
+from plumbing.terminal import progress_bar, warn
 from qwen2_model import Qwen2, causal_attention
-from terminal import progress_bar, warn
+from tokenizer import Tokenizer
 
-PREFILL_TOKENS = 4096  # prompt tokens in one forward pass: their activations would grow without bound
-COLUMN_BLOCK = 128  # cache columns come in blocks, so that graphs are few and the mask is aligned as kernels want it
-ROW_BLOCK = 32  # likewise the rows of a graph
+ROW_BLOCK = 32  # rows of a CUDA graph come in blocks, as cache columns do
+
+
+# ---- From problems to episodes -------------------------------------------------------------------------------
 
 
 class Response(NamedTuple):
@@ -42,48 +47,98 @@ class Response(NamedTuple):
     logprobs: list[float]
     truncated: bool
 
-    @property
-    def text_ids(self) -> list[int]:
-        """Without the end token."""
-        return self.ids if self.truncated else self.ids[:-1]
+
+class Sampler:
+    """Samples the policy's responses to problems of a task."""
+
+    def __init__(
+        self, policy: Qwen2, tokenizer: Tokenizer, task: Task, max_new_tokens: int, rows_at_a_time: Limit
+    ) -> None:
+        self.policy, self.tokenizer, self.task = policy, tokenizer, task
+        self.max_new_tokens, self.rows_at_a_time = max_new_tokens, rows_at_a_time
+        self.graphs = policy.head.is_cuda
+        # decode steps between checks for rows that have ended
+        self.steps_per_check = 2 if policy.head.device.type == "cpu" else 16
+
+    def rollout(
+        self, problems: list[Any], group_size: int, temperature: float, generator: torch.Generator
+    ) -> list[Episode]:
+        """`group_size` responses to each problem, not yet rewarded; those of a group are adjacent.
+
+        Each rank samples its shard of the problems, in waves of whole groups that fit in memory.
+        """
+        prompts = [self.encode_prompt(problem) for problem in problems]
+        uniforms = torch.rand(len(problems) * group_size, self.max_new_tokens, generator=generator)
+        mine = shard_of(len(problems))
+        rows = uniforms[mine.start * group_size : mine.stop * group_size]
+        policy = unsharded_copy(self.policy)
+        responses: list[Response] = []
+        while len(responses) < len(rows):
+            done = len(responses)
+            left = prompts[mine][done // group_size :]
+            wave = partial(self.generate, policy, left, rows[done:], temperature)
+            responses += self.rows_at_a_time.attempt(wave, least=group_size, size=len(rows) - done)
+        episodes = []
+        for row, (ids, logprobs, truncated) in enumerate(all_gather(responses)):
+            question = row // group_size
+            text = self.tokenizer.decode(ids if truncated else ids[:-1])
+            episodes.append(Episode(problems[question], prompts[question], ids, logprobs, truncated, text))
+        return episodes
+
+    def encode_prompt(self, problem: Any) -> list[int]:
+        return self.tokenizer.encode_prompt(self.task.question_text(problem), self.task.ASSISTANT_PREFIX)
+
+    @torch.inference_mode()
+    def generate(
+        self, policy: Qwen2, prompts: list[list[int]], uniforms: Tensor, temperature: float, max_rows: int
+    ) -> list[Response]:
+        """One wave: a response per row of the first prompts' groups, as many as have at most `max_rows` rows.
+
+        uniforms: (prompts * group, longest response) fp32 in [0, 1); the rows of a prompt's group are adjacent.
+        """
+        group, limit = len(uniforms) // len(prompts), uniforms.shape[1]
+        prompts = prompts[: max(1, max_rows // group)]
+        uniforms = uniforms[: len(prompts) * group].to(policy.head.device)
+        cache = KVCache(policy, [len(prompt) for prompt in prompts], group, limit)
+        decoder = Decoder(policy, cache, uniforms, self.tokenizer.end_ids, temperature)
+        steps = GraphedSteps(decoder) if self.graphs else decoder
+        decoder.prefill(prompts)
+        sampled = 1  # tokens per row, ended ones included
+        with progress_bar("sampling", " tokens") as bar:
+            while sampled < limit and decoder.active:
+                for _ in range(min(self.steps_per_check, limit - sampled)):
+                    steps.step(decoder.active, cache.prompt_columns + sampled)
+                    sampled += 1
+                decoder.compact()
+                bar.update(int(decoder.lengths.sum()) - bar.n)
+        if isinstance(steps, GraphedSteps) and steps.refused:
+            self.graphs = False
+            warn(f"decoding without CUDA graphs, more slowly: {steps.refused}")
+        return decoder.responses()
 
 
 # ---- From logits to a token ----------------------------------------------------------------------------------
 
 
-def warp(logits: Tensor, sampling: Sampling, keep: Tensor | None = None) -> Tensor:
-    """Logits (N, V) of the distribution that `sampling` draws from: tempered, -inf outside top-k and top-p.
+def tempered(logits: Tensor, temperature: float) -> Tensor:
+    """Logits (N, V) of the distribution that is sampled from; the trainer's logprobs are those of the same one."""
+    return logits / temperature if temperature not in (0.0, 1.0) else logits
 
-    The trainer calls this too, so sampler and trainer mean the same distribution. `keep` (N,) are tokens that always
-    stay: those already drawn, which rounding could push over the edge of the top-p set.
+
+def draw(logits: Tensor, uniform: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    """Tokens (N,) and their logprobs (N,) from fp32 logits (N, V) and uniform numbers (N,) in [0, 1): inverse CDF.
+
+    Temperature 0 takes the most likely token.
     """
-    if sampling.temperature not in (0.0, 1.0):
-        logits = logits / sampling.temperature
-    if not 0 < sampling.top_k < logits.shape[-1] and sampling.top_p == 1.0:
-        return logits
-    ordered, order = logits.sort(dim=-1, descending=True, stable=True)  # (N, V), most likely first
-    out = torch.zeros_like(ordered, dtype=torch.bool)
-    if sampling.top_k:
-        out[:, sampling.top_k :] = True
-    probability = ordered.masked_fill(out, -torch.inf).softmax(dim=-1)
-    out |= probability.cumsum(dim=-1) - probability >= sampling.top_p  # the tokens before it reach top_p already
-    removed = torch.zeros_like(out).scatter(-1, order, out)
-    if keep is not None:
-        removed = removed.scatter(-1, keep[:, None], False)
-    return logits.masked_fill(removed, -torch.inf)
-
-
-def draw(logits: Tensor, uniform: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor]:
-    """Tokens (N,) and their logprobs (N,) from fp32 logits (N, V) and uniform numbers (N,) in [0, 1): inverse CDF."""
-    probability = warp(logits, sampling).softmax(dim=-1)  # (N, V)
-    if sampling.temperature == 0:
+    probability = tempered(logits, temperature).softmax(dim=-1)  # (N, V)
+    if temperature == 0:
         tokens = logits.argmax(dim=-1)
     else:
         cdf = probability.cumsum(dim=-1)
         total = cdf[:, -1:]
         # below the total by at least one float, so that rounding never lands past the last possible token
         point = torch.minimum(uniform[:, None] * total, total.nextafter(torch.zeros_like(total)))
-        # clamped for nan logits: the trainer notices them by their logprobs, an index out of range would crash a GPU
+        # clamped for nan logits: the trainer sees them in the logprobs; an index out of range would crash a GPU
         tokens = torch.searchsorted(cdf, point, right=True)[:, 0].clamp(max=cdf.shape[-1] - 1)
         # a GPU sums in a tree, so a CDF may rise a little where the probability is zero: never take such a token
         possible = probability.gather(-1, tokens[:, None])[:, 0] > 0
@@ -91,7 +146,7 @@ def draw(logits: Tensor, uniform: Tensor, sampling: Sampling) -> tuple[Tensor, T
     return tokens, probability.gather(-1, tokens[:, None])[:, 0].log()
 
 
-# ---- The KV cache ----------------------------------------------------------------------------------------------
+# ---- The KV cache --------------------------------------------------------------------------------------------
 
 
 class KVCache:
@@ -106,12 +161,11 @@ class KVCache:
         rows, columns = len(prompt_lengths) * group, round_up(self.prompt_columns + max_new, COLUMN_BLOCK)
         shape = (config.num_hidden_layers, 2, rows, config.num_key_value_heads, columns, config.head_dim)
         # zeros: a graph reads columns before they are written, and a nan there would spread even with weight 0
-        self.data = torch.zeros(shape, dtype=weight.dtype, device=weight.device)  # (L, 2, rows, Hkv, columns, D)
+        self.data = torch.zeros(shape, dtype=weight.dtype, device=weight.device)
         starts = [self.prompt_columns - length for length in prompt_lengths for _ in range(group)]
         self.start = torch.tensor(starts, device=weight.device)  # (rows,)
-        self.column = torch.tensor([self.prompt_columns], device=weight.device)  # where the next token goes
+        self.column = torch.tensor([self.prompt_columns], device=weight.device)  # of the next token
         self.columns = torch.arange(columns, device=weight.device)
-        self.mask = torch.empty(0)
 
     def select_prompts(self, first: int, lengths: list[int]) -> None:
         """Prepare the prefill of the prompts from index `first` on: where each token's keys and values go."""
@@ -133,7 +187,7 @@ class KVCache:
         seen = self.columns[:columns]
         hidden = (seen < self.start[:rows, None]) | (seen > self.column)  # (rows, columns)
         # as numbers to add: attention would convert booleans again in every layer
-        mask = torch.zeros(hidden.shape, dtype=self.data.dtype, device=hidden.device).masked_fill_(hidden, -torch.inf)
+        mask = torch.zeros_like(hidden, dtype=self.data.dtype).masked_fill_(hidden, -torch.inf)
         self.mask = mask[:, None, None]  # (rows, 1, 1, columns)
 
     def attend_new(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -145,7 +199,7 @@ class KVCache:
         # the query heads of one kv head become query positions: K and V are read once for all of them
         folded = q.view(rows, keys.shape[1], -1, q.shape[-1])  # (rows, Hkv, Hq / Hkv, D)
         keys, values = keys[:, :, :columns], values[:, :, :columns]
-        return F.scaled_dot_product_attention(folded, keys, values, attn_mask=self.mask).reshape(q.shape)
+        return F.scaled_dot_product_attention(folded, keys, values, self.mask).reshape(q.shape)
 
     def move(self, source: Tensor, target: Tensor, columns: int) -> None:
         """Copy rows `source` over rows `target`, the first `columns` columns of each."""
@@ -158,45 +212,49 @@ def round_up(count: int, block: int) -> int:
     return math.ceil(count / block) * block
 
 
-# ---- Prefill and decode ----------------------------------------------------------------------------------------
+# ---- Prefill and decode --------------------------------------------------------------------------------------
 
 
 class Decoder:
     """The batch while it is decoded: slot i works on response `rows[i]`, and the first `active` slots are in use."""
 
-    def __init__(self, policy: Qwen2, cache: KVCache, uniforms: Tensor, end_ids: list[int], sampling: Sampling) -> None:
-        (count, length), device = uniforms.shape, uniforms.device
-        self.policy, self.cache, self.uniforms, self.sampling = policy, cache, uniforms, sampling
-        on_cpu = device.type == "cpu"
-        self.head = policy.head.float() if on_cpu else policy.head  # once: at every step it would take half the time
-        self.end_ids = torch.tensor(end_ids, device=device)
-        self.rows = torch.arange(count, device=device)
-        self.alive = torch.ones(count, dtype=torch.bool, device=device)  # (slots,) like the next one
-        self.last = torch.zeros(count, dtype=torch.long, device=device)
-        self.tokens = torch.zeros(count, length, dtype=torch.long, device=device)  # by response, not by slot
-        self.logprobs = torch.zeros(count, length, dtype=torch.float32, device=device)
-        self.lengths = torch.zeros(count, dtype=torch.long, device=device)
+    def __init__(
+        self, policy: Qwen2, cache: KVCache, uniforms: Tensor, end_ids: list[int], temperature: float
+    ) -> None:
+        count, length = uniforms.shape
+        self.policy, self.cache, self.uniforms, self.temperature = policy, cache, uniforms, temperature
+        # in fp32 once, on a CPU: at every step it would take half the time
+        self.head = policy.head if uniforms.is_cuda else policy.head.float()
+        with uniforms.device:
+            self.end_ids = torch.tensor(end_ids)
+            self.rows = torch.arange(count)
+            self.alive = torch.ones(count, dtype=torch.bool)  # (slots,) like the next one
+            self.last = torch.zeros(count, dtype=torch.long)
+            self.tokens = torch.zeros(count, length, dtype=torch.long)  # by response, not by slot
+            self.logprobs = torch.zeros(count, length, dtype=torch.float32)
+            self.lengths = torch.zeros(count, dtype=torch.long)
         self.active = count
 
     def prefill(self, prompts: list[list[int]]) -> None:
         """Fill the cache with the prompts, some at a time, and draw every row's first token."""
-        at_once = max(1, PREFILL_TOKENS // self.cache.prompt_columns)
-        last = []
+        at_once, last = max(1, PREFILL_TOKENS // self.cache.prompt_columns), []
         for first in range(0, len(prompts), at_once):
             part = prompts[first : first + at_once]
             lengths = [len(prompt) for prompt in part]
-            padded = torch.tensor([[*prompt, *[0] * (max(lengths) - len(prompt))] for prompt in part])  # (prompts, P)
+            width = max(lengths)
+            padded = torch.tensor([prompt + [0] * (width - len(prompt)) for prompt in part])
+            ends = torch.tensor([width * row + length - 1 for row, length in enumerate(lengths)])
             self.cache.select_prompts(first, lengths)
-            hidden = self.policy(padded.to(self.rows.device), attend=self.cache.attend_prompt)  # (prompts, P, hidden)
-            ends = torch.tensor([len(hidden[0]) * row + length - 1 for row, length in enumerate(lengths)])
-            last.append(hidden.flatten(0, 1)[ends.to(hidden.device)])
-        self.record(self.policy.logits(torch.cat(last), self.head).repeat_interleave(self.cache.group, dim=0))
+            hidden = self.policy(padded.to(self.rows.device), attend=self.cache.attend_prompt)
+            last.append(hidden.flatten(0, 1)[ends.to(hidden.device)])  # (prompts, hidden)
+        logits = self.policy.logits(torch.cat(last), self.head)  # (all prompts, V)
+        self.record(logits.repeat_interleave(self.cache.group, dim=0))
 
     def record(self, logits: Tensor) -> None:
         """Draw each active slot's next token from logits (active, V) and write it down, without synchronizing."""
         n, rows = len(logits), self.rows[: len(logits)]
         place = self.cache.column - self.cache.prompt_columns  # (1,), in the response
-        tokens, logprobs = draw(logits, self.uniforms[rows, place], self.sampling)
+        tokens, logprobs = draw(logits, self.uniforms[rows, place], self.temperature)
         self.tokens[rows, place] = tokens
         self.logprobs[rows, place] = logprobs
         self.lengths[rows] += self.alive[:n]
@@ -211,8 +269,8 @@ class Decoder:
         self.cache.column += 1
         self.record(self.policy.logits(hidden[:, 0], self.head))
 
-    def drop_finished(self) -> None:
-        """Rows that ended leave: active rows from the end of the batch move into their slots.
+    def compact(self) -> None:
+        """Drop the rows that have ended: active rows from the end of the batch move into their slots.
 
         Only the rows that move are copied, each once, at about the price of two decode steps of that row.
         """
@@ -222,7 +280,8 @@ class Decoder:
         movers = count + alive[count:].nonzero()[:, 0]
         if len(holes):
             self.cache.move(movers, holes, int(self.cache.column))
-            self.rows[holes], self.rows[movers] = self.rows[movers], self.rows[holes]  # each response keeps one slot
+            # swapped, so that each response keeps one slot
+            self.rows[holes], self.rows[movers] = self.rows[movers], self.rows[holes]
             self.last[holes] = self.last[movers]
             self.alive[holes], self.alive[movers] = True, False
         self.active = count
@@ -258,7 +317,7 @@ class GraphedSteps:
         if graph is None and shape in self.graphs and not self.refused:
             graph = self.graphs[shape] = self.capture(shape)
         if graph is None:
-            self.graphs[shape] = None  # the first step of a shape runs as usual: it warms the kernels up
+            self.graphs[shape] = None  # the first step of a shape warms the kernels up
             self.decoder.step(*shape)
         else:
             graph.replay()
@@ -271,60 +330,10 @@ class GraphedSteps:
             with torch.cuda.stream(torch.cuda.current_stream()), torch.cuda.graph(graph, pool=self.pool):
                 self.decoder.step(*shape)
         except RuntimeError as error:
-            with suppress(RuntimeError):  # torch 2.11 forgets this when a capture fails (pytorch issue 180395)
+            with suppress(RuntimeError):  # torch 2.11 forgets it (pytorch issue 180395)
                 torch._C._cuda_endAllocateToPool(torch.cuda.current_device(), self.pool)
             if "captur" not in str(error):
                 raise
             self.refused = str(error).partition("\n")[0]
             return None
         return graph
-
-
-class Sampler:
-    """Samples responses from a policy."""
-
-    def __init__(self, policy: Qwen2, end_ids: list[int]) -> None:
-        self.policy, self.end_ids = policy, end_ids
-        self.graphs = policy.head.is_cuda
-        # decode steps between checks for finished rows
-        self.steps_per_check = 2 if policy.head.device.type == "cpu" else 16
-
-    @torch.inference_mode()
-    def generate(
-        self, prompts: list[list[int]], uniforms: Tensor, sampling: Sampling, max_rows: int = sys.maxsize
-    ) -> list[Response]:
-        """One response per row of uniform numbers; the rows of a prompt's group are adjacent.
-
-        uniforms: (prompts * group, max_new_tokens) fp32 in [0, 1). More than `max_rows` rows are sampled in waves of
-        whole groups, a single group at least.
-        """
-        group, rest = divmod(len(uniforms), len(prompts))
-        assert rest == 0, f"{len(uniforms)} rows of uniform numbers are not a multiple of {len(prompts)} prompts"
-        assert all(prompts), "a prompt is empty"
-        at_once = max(1, max_rows // group)  # prompts per wave
-        responses: list[Response] = []
-        for first in range(0, len(prompts), at_once):
-            wave = uniforms[first * group : (first + at_once) * group]
-            responses += self.decode(prompts[first : first + at_once], wave, sampling)
-        return responses
-
-    def decode(self, prompts: list[list[int]], uniforms: Tensor, sampling: Sampling) -> list[Response]:
-        """One wave. Its cache is gone when this returns, before the next wave makes its own."""
-        rows, max_new = uniforms.shape
-        cache = KVCache(self.policy, [len(prompt) for prompt in prompts], rows // len(prompts), max_new)
-        decoder = Decoder(self.policy, cache, uniforms.to(cache.start.device), self.end_ids, sampling)
-        graphed = GraphedSteps(decoder) if self.graphs else None
-        step = graphed.step if graphed else decoder.step
-        decoder.prefill(prompts)
-        sampled = 1
-        with progress_bar("sampling", " tokens") as bar:
-            while sampled < max_new and decoder.active:
-                for _ in range(min(self.steps_per_check, max_new - sampled)):
-                    step(decoder.active, cache.prompt_columns + sampled)
-                    sampled += 1
-                decoder.drop_finished()
-                bar.update(int(decoder.lengths.sum()) - bar.n)
-        if graphed and graphed.refused:
-            self.graphs = False
-            warn(f"decoding without CUDA graphs, more slowly: {graphed.refused}")
-        return decoder.responses()

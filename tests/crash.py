@@ -1,68 +1,70 @@
-"""Ends training with signals at random moments, resumes it by name, and compares with a run left alone.
+"""Ends training with signals at random moments, resumes it, and compares with a run left alone.
 
-    python tests/crash.py 100        # some minutes; LOG.md has its result. The suite (test_resume.py) runs 10
+    python tests/crash.py 100        # a few minutes; docs/log.md has its result. The suite (test_resume.py) runs 12
 
 SIGKILL is sudden, half of the time in a save; Ctrl-C and SIGTERM let a run save first. A run that gets to its end must
-be the run left alone (weights, optimizer state, metrics except times, samples, progress), bit for bit.
+be the run left alone (weights, optimizer state, metrics except times, samples, progress), bit for bit. One that was
+killed before its first checkpoint cannot be resumed and is started again in a fresh folder.
 """
 
 import json
+import multiprocessing
 import os
 import random
-import signal
+import shutil
 import sys
 import tempfile
 import time
 from pathlib import Path
+from signal import SIG_DFL, SIGINT, SIGKILL, SIGTERM, signal
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch._dynamo  # noqa: F401 (the first meta tensor imports it: once here, not in each child)
-from short_run import arguments
 
 import train
+from plumbing.checkpoint import saved
+from short_run import arguments, byte_rewards, small_world
 
 STEPS = 8
-SETTINGS = ["rollout.questions_per_step=3", "rollout.max_new_tokens=32", "eval.every=3", f"train.steps={STEPS}"]
+SETTINGS = ["rollout.questions_per_step=3", "eval.every=3", f"train.steps={STEPS}"]
 
 
-def attempt(folder: Path, log: Path, seconds: float, in_save: bool = False) -> int:
+def attempt(folder: Path, settings: list[str], log: Path, seconds: float, in_save: bool = False) -> int:
     """Start or resume the run in `folder`, send a signal after so many seconds (in a save); the exit status."""
-    resumed = ["--resume", folder.name, f"output.folder={folder.parent}"]
-    typed = resumed if (folder / "metrics.jsonl").exists() else arguments(folder, *SETTINGS, "checkpoint.keep=2")
-    child = os.fork()
-    if child == 0:
-        status = 70  # a traceback
-        try:
-            signal.signal(signal.SIGINT, signal.SIG_DFL)  # before the run listens, it just ends, as for SIGTERM
-            os.dup2(os.dup2(os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND), 1), 2)
-            status = train.main(typed)
-        finally:
-            sys.stdout.flush()
-            os._exit(status)
-    deadline, done = time.monotonic() + seconds, 0
-    while not done and (time.monotonic() < deadline or (in_save and not any(folder.glob("checkpoints/*.partial")))):
+    typed = ["--resume", str(folder)]
+    if not saved(folder):
+        shutil.rmtree(folder, ignore_errors=True)
+        typed = arguments(folder, *settings)
+
+    def work() -> None:
+        signal(SIGINT, SIG_DFL)  # before the run listens, it just ends, as for SIGTERM
+        os.dup2(os.dup2(os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND), 1), 2)
+        sys.exit(train.main(typed))
+
+    child = multiprocessing.get_context("fork").Process(target=work)
+    child.start()
+    deadline, saving = time.monotonic() + seconds, folder / "checkpoints"
+    while child.is_alive() and (time.monotonic() < deadline or (in_save and not any(saving.glob("*.partial")))):
         time.sleep(0.001)
-        done, status = os.waitpid(child, os.WNOHANG)
     time.sleep(in_save * random.uniform(0.0, 0.05))
-    if not done:
-        os.kill(child, signal.SIGKILL if in_save else random.choice((signal.SIGKILL, signal.SIGINT, signal.SIGTERM)))
-        _, status = os.waitpid(child, 0)
-    return os.waitstatus_to_exitcode(status)
+    if child.is_alive():
+        os.kill(child.pid, SIGKILL if in_save else random.choice((SIGKILL, SIGINT, SIGTERM)))
+    child.join()
+    return child.exitcode
 
 
 def content(folder: Path) -> dict[str, object]:
-    """All of a finished run that must not depend on how often it was stopped."""
+    """All of a finished run that must not depend on how often it was stopped: no times, and nothing that has them."""
     lines = (folder / "metrics.jsonl").read_text().splitlines()
     kept: dict[str, object] = {"samples": (folder / "samples.jsonl").read_bytes()}
     kept["metrics"] = [{k: v for k, v in json.loads(line).items() if "second" not in k} for line in lines]
-    for path in sorted([*folder.glob("final/*"), *folder.glob("checkpoints/*/*")]):
-        name = str(path.relative_to(folder))
-        if path.name == "state.json":  # the length of metrics.jsonl depends on the times in it
-            kept[name] = state = json.loads(path.read_bytes())
-            del state["progress"]["files"]["metrics.jsonl"], state["progress"]["seconds"]
-        elif path.name != "checksums.json":  # so does the checksum of state.json
-            kept[name] = path.read_bytes()
+    for path in [*folder.glob("final/*"), *folder.glob("checkpoints/*/*")]:
+        if path.name == "state.json":
+            progress = json.loads(path.read_bytes())["progress"]
+            kept[str(path.relative_to(folder))] = progress | {"seconds": 0, "files": progress["files"]["samples.jsonl"]}
+        elif path.name != "checksums.json":
+            kept[str(path.relative_to(folder))] = path.read_bytes()
     return kept
 
 
@@ -75,19 +77,23 @@ def differing(run: Path, alone: Path) -> list[str]:
 
 def main(stops: int) -> None:
     random.seed(0)
+    train.grade = byte_rewards
     stopped = half_written = runs = 0
     with tempfile.TemporaryDirectory() as scratch:
-        log, alone = Path(scratch) / "log", Path(scratch) / "alone"
+        log, alone = Path(scratch, "log"), Path(scratch, "alone")
+        settings = [*small_world(Path(scratch, "small")), *SETTINGS, "checkpoint.keep=2"]
         began = time.monotonic()
-        assert attempt(alone, log, 600) == 0, log.read_text()
+        assert attempt(alone, settings, log, 600) == 0, log.read_text()
         whole = time.monotonic() - began
         while stopped < stops:
-            run = Path(scratch) / f"run-{runs}"
-            while status := attempt(run, log, random.uniform(0.0, whole / 2), stopped % 2 == 0):
+            run, before = Path(scratch, f"run-{runs}"), []
+            while status := attempt(run, settings, log, random.uniform(0.0, whole / 2), stopped % 2 == 0):
                 assert status in (-2, -9, -15, 130, 143), log.read_text()[-3000:]
+                assert saved(run)[-1:] >= before, f"{before} is lost, and there is nothing newer"
+                before = saved(run)[-1:]
                 stopped += 1
                 half_written += any(run.glob("**/*.partial"))
-            assert differing(run, alone) + differing(alone, run) == [], differing(run, alone)
+            assert content(run) == content(alone), differing(run, alone)
             runs += 1
     print(f"{stopped} stops, {half_written} left a save half-written; {runs} runs ended, all as the one left alone")
 

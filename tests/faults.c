@@ -1,9 +1,10 @@
-/* A disk that fails on demand: preloaded, it makes the n-th call that changes files return an error and do nothing.
+/* A disk that fails on demand: preloaded, it makes the n-th call that changes files return an error and do nothing, or
+   ends the process there.
 
        cc -shared -fPIC -o faults.so tests/faults.c -ldl
        LD_PRELOAD=./faults.so python tests/test_resume.py FOLDER
 
-   Nothing fails before arm(n, errno). Opening a file counts only when it is for writing.
+   Nothing fails before arm(n, errno); the process ends for an errno of 0. Opening a file counts only when it is for writing.
    Left out: system calls made without libc (safetensors renames its temporary file that way), and threads. */
 
 #define _GNU_SOURCE
@@ -13,6 +14,7 @@
 #include <stdarg.h>
 #include <sys/types.h>
 #include <sys/uio.h>
+#include <unistd.h>
 
 static int chosen, error, calls; /* chosen: the call to fail, 0 for none */
 static const char *failed = "";
@@ -22,6 +24,7 @@ const char *disarm(void) { return chosen = 0, failed; } /* the name of the call 
 
 static int fails(const char *name) {
     if (chosen == 0 || ++calls != chosen) return 0;
+    if (error == 0) _exit(9);
     failed = name;
     errno = error;
     return 1;
@@ -44,7 +47,6 @@ WRAP(ssize_t, copy_file_range, (int from, off64_t *at, int to, off64_t *there, s
      (from, at, to, there, size, flags))
 WRAP(int, ftruncate, (int file, off_t size), (file, size))
 WRAP(int, ftruncate64, (int file, off64_t size), (file, size))
-WRAP(int, fsync, (int file), (file))
 WRAP(int, fdatasync, (int file), (file))
 WRAP(int, rename, (const char *old, const char *new), (old, new))
 WRAP(int, renameat, (int at, const char *old, int to, const char *new), (at, old, to, new))
@@ -52,6 +54,8 @@ WRAP(int, mkdir, (const char *path, mode_t mode), (path, mode))
 WRAP(int, unlink, (const char *path), (path))
 WRAP(int, unlinkat, (int at, const char *path, int flags), (at, path, flags))
 WRAP(int, rmdir, (const char *path), (path))
+
+int fsync(int file) { return (void)file, fails("fsync") ? -1 : 0; } /* the real one takes most of the time */
 
 #define WRAP_OPEN(name)                                                \
     int name(const char *path, int flags, ...) {                       \

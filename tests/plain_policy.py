@@ -4,8 +4,9 @@ Nothing here does what rollout.py and grpo.py do to be fast. Rows run one at a t
 whole model runs again for every token, and numpy computes the distribution in float64.
 """
 
-from collections.abc import Collection, Sequence
-from dataclasses import replace
+from collections.abc import Collection
+from types import SimpleNamespace
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -13,13 +14,13 @@ import torch
 from torch import Tensor
 
 from countdown_task import Problem
-from data_types import Episode, Sampling
+from data_types import Episode
+from plumbing.memory import Limit
 from qwen2_model import Qwen2, Qwen2Config
-from rollout import Response
+from rollout import Response, Sampler
 
 VOCABULARY = 211  # ids that the tokenizer knows; the embedding has more rows, as Qwen's has
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.cuda)]
-UNCUT = Sampling()  # temperature 1, neither top-k nor top-p
 TOO_CLOSE = 1e-5  # to a border between two tokens: fp32 may land on either side
 
 
@@ -48,36 +49,25 @@ def plain_logits(policy: Qwen2, tokens: list[int]) -> np.ndarray:
     return (hidden.double() @ policy.head[: policy.vocabulary].double().t()).cpu().numpy()
 
 
-def plain_distribution(logits: np.ndarray, sampling: Sampling) -> np.ndarray:
-    """The probabilities (V,) to draw from: temperature first, then the k most likely, then the first p of those."""
-    scaled = logits / (sampling.temperature or 1.0)
+def plain_distribution(logits: np.ndarray, temperature: float) -> np.ndarray:
+    """The probabilities (V,) to draw from; temperature 0 draws from none, and its logprobs are the policy's own."""
+    scaled = logits / (temperature or 1.0)
     weights = np.exp(scaled - scaled.max())
-    order = np.argsort(-weights)
-    if sampling.top_k:
-        weights[order[sampling.top_k :]] = 0.0
-    mass, enough = 0.0, sampling.top_p * weights.sum()
-    for token in order:
-        if sampling.top_p < 1.0 and mass >= enough:
-            weights[token] = 0.0
-        mass += weights[token]
     return weights / weights.sum()
 
 
-def plain_response(policy: Qwen2, prompt: list[int], uniforms: Tensor, sampling: Sampling = UNCUT) -> Response:
+def plain_response(policy: Qwen2, prompt: list[int], uniforms: Tensor, temperature: float = 1.0) -> Response:
     """A response that never ends: by inverse CDF, one token for each of `uniforms` (max_new_tokens,)."""
     redraw = np.random.default_rng(prompt)
     ids, logprobs = [], []
     for place in range(len(uniforms)):
         logits = plain_logits(policy, prompt + ids)[-1]
-        probabilities = plain_distribution(logits, sampling)
-        for gap in (-TOO_CLOSE, TOO_CLOSE) if sampling.top_p < 1.0 else ():
-            nudged = plain_distribution(logits, replace(sampling, top_p=sampling.top_p + gap))
-            assert np.array_equal(nudged > 0, probabilities > 0), "fp32 cannot tell what top-p keeps: another seed"
+        probabilities = plain_distribution(logits, temperature)
         borders = probabilities.cumsum()
         while np.abs(borders - uniforms[place].item()).min() < TOO_CLOSE:  # then replaced, in `uniforms` itself
             uniforms[place] = float(redraw.random(dtype=np.float32))
         drawn = (borders <= uniforms[place].item()).sum()
-        ids.append(int(logits.argmax() if sampling.temperature == 0 else drawn))
+        ids.append(int(drawn if temperature else logits.argmax()))
         logprobs.append(float(np.log(probabilities[ids[-1]])))
     return Response(ids, logprobs, truncated=True)
 
@@ -88,11 +78,25 @@ def cut(response: Response, end_ids: Collection[int]) -> Response:
     return Response(response.ids[:length], response.logprobs[:length], truncated=length is None)
 
 
-def as_episodes(responses: Sequence[Response], prompts: Sequence[list[int]]) -> list[Episode]:
-    """Responses as the trainer gets them, without text and reward; those of a prompt's group stand together."""
-    rows = [prompt for prompt in prompts for _ in range(len(responses) // len(prompts))]
-    pairs, problem = zip(rows, responses, strict=True), Problem((1, 2), 3)
-    return [Episode(problem, prompt, r.ids, r.logprobs, r.truncated, text="") for prompt, r in pairs]
+def sample(
+    policy: Qwen2,
+    prompts: list[list[int]],
+    uniforms: Tensor,
+    end_ids: Collection[int],
+    temperature: float = 1.0,
+    max_rows: int = 10**9,
+    **attributes: object,
+) -> list[Episode]:
+    """The Sampler's responses to these prompts, with these numbers; `attributes` of the Sampler are set before.
+
+    A prompt's problem is the prompt itself, and a response's text lists its ids.
+    """
+    tokenizer = SimpleNamespace(end_ids=sorted(end_ids), encode_prompt=lambda ids, prefix: ids, decode=str)
+    task = SimpleNamespace(question_text=lambda ids: ids, ASSISTANT_PREFIX="")
+    sampler = Sampler(policy, tokenizer, task, uniforms.shape[1], Limit("rows", max_rows))
+    vars(sampler).update(attributes)
+    with patch.object(torch, "rand", lambda *shape, generator: uniforms.view(shape)):
+        return sampler.rollout(prompts, len(uniforms) // len(prompts), temperature, torch.Generator())
 
 
 def assert_same_gradient(gradient: dict[str, Tensor], expected: dict[str, Tensor], tolerance: float = 3e-5) -> None:

@@ -15,27 +15,28 @@ import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings, strategies as st
-from plain_policy import DEVICES, UNCUT, VOCABULARY, as_episodes, assert_same_gradient, plain_distribution, small_policy
 from torch import Tensor
 
 import grpo
-from config import load_config
 from countdown_task import Problem
-from data_types import Config, Episode, Sampling
+from data_types import Config, Episode
 from optimizer import AdamW
+from plain_policy import DEVICES, VOCABULARY, assert_same_gradient, sample, small_policy
+from plumbing.config import load_config
+from plumbing.memory import Limit
 from qwen2_model import Qwen2
-from rollout import Sampler
+from train import update
 
 TINY = load_config(Path(__file__).resolve().parent.parent / "config_tiny.yml")
 LIMIT, GROUP = 12, 3  # max_new_tokens and group_size
-SAMPLINGS = [UNCUT, Sampling(temperature=0.7, top_k=5, top_p=0.9), Sampling(temperature=1.4, top_k=40, top_p=0.8)]
+every = pytest.mark.parametrize
 
 
-def config_with(group_size: int = GROUP, **train: object) -> Config:
-    """A config whose loss is a mean over tokens, with one micro-batch, unless `train` says otherwise."""
-    train = {"divide_loss_by": "tokens", "penalty_tokens": 2, "tokens_per_microbatch": 10**9, **train}
-    rollout = replace(TINY.rollout, group_size=group_size, max_new_tokens=LIMIT)
-    return replace(TINY, rollout=rollout, train=replace(TINY.train, **train))
+def config_with(group_size: int = GROUP, temperature: float = 1.0, **settings: object) -> Config:
+    """A config whose loss is a mean over tokens, with one micro-batch, unless the settings say otherwise."""
+    settings = {"divide_loss_by": "tokens", "tokens_per_microbatch": 10**9, **settings}
+    rollout = replace(TINY.rollout, group_size=group_size, max_new_tokens=LIMIT, temperature=temperature)
+    return replace(TINY, rollout=rollout, train=replace(TINY.train, **settings))
 
 
 def episode_of(length: int = 1, reward: float = 0.0, truncated: bool = False) -> Episode:
@@ -45,13 +46,13 @@ def episode_of(length: int = 1, reward: float = 0.0, truncated: bool = False) ->
 # ---- By hand -----------------------------------------------------------------------------------------------------
 
 
-def advantages(rewards: list[float], group_size: int, divide_by_std: bool) -> tuple[list[float], int]:
+def advantages(rewards: list[float], group_size: int, divide_by_std: bool) -> list[float]:
     episodes = [episode_of(reward=reward) for reward in rewards]
-    zero_variance = grpo.assign_advantages(episodes, config_with(group_size, divide_by_std=divide_by_std))
-    return [episode.advantage for episode in episodes], zero_variance
+    grpo.assign_advantages(episodes, config_with(group_size, divide_by_std=divide_by_std))
+    return [episode.advantage for episode in episodes]
 
 
-@pytest.mark.parametrize(
+@every(
     ("rewards", "divided", "centred"),
     [  # mean 1/4, variance 3/16: with the sample's n - 1 the 1 would get 1.5, not sqrt 3
         ([0, 0, 0, 1], [-0.57735, -0.57735, -0.57735, 1.73205], [-0.25, -0.25, -0.25, 0.75]),
@@ -60,46 +61,31 @@ def advantages(rewards: list[float], group_size: int, divide_by_std: bool) -> tu
     ],
 )
 def test_advantages_by_hand(rewards: list[float], divided: list[float], centred: list[float]):
-    assert advantages(rewards, 4, divide_by_std=True) == (pytest.approx(divided, abs=1e-5), 0)
-    assert advantages(rewards, 4, divide_by_std=False) == (pytest.approx(centred), 0)
+    assert advantages(rewards, 4, divide_by_std=True) == pytest.approx(divided, abs=1e-5)
+    assert advantages(rewards, 4, divide_by_std=False) == pytest.approx(centred)
 
 
-@pytest.mark.parametrize("size", [2, 3, 6, 7, 10, 64])
-@pytest.mark.parametrize("reward", [0.0, 0.1, 1.0, 1.1, 1 / 3])
-def test_a_zero_variance_group_gets_exactly_zero(reward: float, size: int):
+@every("size", [2, 3, 6, 7, 10, 64])
+def test_a_zero_variance_group_gets_exactly_zero(size: int):
     """The mean of seven times 1.1 is not 1.1: dividing that error by a std as small would teach noise."""
-    for divide_by_std in (True, False):
-        values, zero_variance = advantages([reward] * size + [0.0] + [1.0] * (size - 1), size, divide_by_std)
-        assert (values[:size], zero_variance, all(values[size:])) == ([0.0] * size, 1, True)
-    assert advantages([0.1 + 0.2, 0.3] * size, 2 * size, True) == ([0.0] * 2 * size, 1), "terms in another order"
+    for reward, divide_by_std in product((0.0, 0.1, 1.0, 1.1, 1 / 3), (True, False)):
+        values = advantages([reward] * size + [0.0] + [1.0] * (size - 1), size, divide_by_std)
+        assert (values[:size], all(values[size:])) == ([0.0] * size, True)
+    assert advantages([0.1 + 0.2, 0.3] * size, 2 * size, True) == [0.0] * 2 * size, "terms in another order"
 
 
-def test_the_length_penalty_by_hand():
-    """Limit 12, over the last 4 tokens: 8 tokens cost nothing, 9 a quarter, 12 all."""
-    episodes = [episode_of(length, reward=1.0) for length in (8, 9, 10, 12)]
-    config = config_with(4, truncated="penalize", penalty_tokens=4)
-    assert [grpo.length_penalty(e, config) for e in episodes] == [0.0, -0.25, -0.5, -1.0]
-    assert [grpo.assign_advantages(episodes, c) for c in (config, config_with(4, truncated="keep"))] == [0, 1]
-    assert all(e.reward == 1.0 for e in episodes)  # what is logged stays the task's own reward
-
-
-@pytest.mark.parametrize(
-    ("divide_loss_by", "keep", "mask"),
-    [
-        ("tokens", [1 / 18, 1 / 18, 1 / 18], [1 / 6, 1 / 6, 0]),
-        ("responses", [1 / 6, 1 / 12, 1 / 36], [1 / 4, 1 / 8, 0]),
-        ("limit", [1 / 36, 1 / 36, 1 / 36], [1 / 24, 1 / 24, 0]),
-    ],
-)
-def test_token_weights_by_hand(divide_loss_by: str, keep: list[float], mask: list[float]):
+def test_token_weights_by_hand():
     """Responses of 2, 4 and 12 tokens, the last one truncated at the limit of 12."""
     episodes = [episode_of(2), episode_of(4), episode_of(12, truncated=True)]
-    for truncated, expected in (("keep", keep), ("mask", mask), ("penalize", keep)):
+    keep = {"tokens": [1 / 18] * 3, "responses": [1 / 6, 1 / 12, 1 / 36], "limit": [1 / 36] * 3}
+    mask = {"tokens": [1 / 6, 1 / 6, 0], "responses": [1 / 4, 1 / 8, 0], "limit": [1 / 24, 1 / 24, 0]}
+    for truncated, divide_loss_by in product(("keep", "mask"), keep):
         grpo.assign_token_weights(episodes, config_with(divide_loss_by=divide_loss_by, truncated=truncated))
+        expected = {"keep": keep, "mask": mask}[truncated][divide_loss_by]
         assert [episode.token_weight for episode in episodes] == pytest.approx(expected)
 
 
-@pytest.mark.parametrize(
+@every(
     ("objective", "bounds", "ratio", "advantage", "slope"),
     [
         ("reinforce", {}, 5.0, -2.0, -2.0),  # does not look at the sampler
@@ -118,12 +104,12 @@ def test_token_weights_by_hand(divide_loss_by: str, keep: list[float], mask: lis
 def test_slopes_of_the_objectives_by_hand(objective: str, bounds: dict, ratio: float, advantage: float, slope: float):
     """The derivative of one token's objective by its logprob, where its probability under the sampler was 0.4."""
     logprob, old_logprob = torch.tensor([0.4 * ratio]).log().requires_grad_(), torch.tensor([0.4]).log()
-    train = config_with(objective=objective, **bounds).train
-    grpo.objective(logprob, old_logprob, torch.tensor([advantage]), train).sum().backward()
+    config = config_with(objective=objective, **bounds)
+    grpo.objective(logprob, old_logprob, torch.tensor([advantage]), config.train).sum().backward()
     assert logprob.grad.item() == pytest.approx(slope, rel=1e-5)
 
 
-@pytest.mark.parametrize("device", DEVICES)
+@every("device", DEVICES)
 def test_gradient_and_statistics_by_hand(device: str):
     """A policy of zeros but for its embedding and last norm: every token of four has probability 1/4.
 
@@ -133,14 +119,13 @@ def test_gradient_and_statistics_by_hand(device: str):
     """
     policy = small_policy(4, device, tied=False, heads=1, kv_heads=1, hidden=4, inner=4, vocabulary=4)
     e_0, e_1, ln_4 = torch.tensor([1.0, 1.0, 1.0, 1.0]), torch.tensor([1.0, -1.0, 1.0, -1.0]), math.log(4)
-    with torch.no_grad():
-        for parameter in policy.parameters():
-            parameter.zero_()
-        policy.norm.weight.fill_(1.0)
-        policy.embed_tokens.weight[0], policy.embed_tokens.weight[1] = e_0, e_1
+    for parameter in policy.parameters():
+        parameter.data.zero_()
+    policy.norm.weight.data.fill_(1.0)
+    policy.embed_tokens.weight.data[:2] = torch.stack([e_0, e_1])
     a = replace(episode_of(reward=1.0), response_ids=[1, 2], old_logprobs=[-ln_4, -ln_4])
     b = replace(episode_of(reward=0.0), response_ids=[3], old_logprobs=[-ln_4 - 0.3])
-    stats, _ = run_batch(policy, [a, b], UNCUT, config_with(group_size=2))
+    stats, _ = run_batch(policy, [a, b], config_with(group_size=2))
     by_hand = torch.stack([e_1 / 12, -e_0 / 3 + e_1 / 12, -e_1 / 4, e_0 / 3 + e_1 / 12, *torch.zeros(20, 4)])
     assert torch.allclose(policy.head.grad.cpu(), by_hand, atol=1e-6)
     assert not any(tensor.any() for name, tensor in gradient_of(policy).items() if name != "lm_head.weight")
@@ -153,30 +138,27 @@ def test_gradient_and_statistics_by_hand(device: str):
 # ---- The plain formula -------------------------------------------------------------------------------------------
 
 
-def sampled_episodes(policy: Qwen2, sampling: Sampling = UNCUT, noise: float = 0.0) -> list[Episode]:
-    """18 responses to 6 prompts. With `noise` on the sampler's logprobs the ratios are far from 1."""
+def sampled_episodes(policy: Qwen2, temperature: float = 1.0, noise: float = 0.0) -> list[Episode]:
+    """18 responses to 6 prompts, two groups of zero variance. `noise` on the logprobs takes the ratios far from 1."""
     random = np.random.default_rng(1)
     prompts = [random.integers(0, VOCABULARY, length).tolist() for length in (4, 9, 2, 6, 11, 3)]
     uniforms = torch.from_numpy(random.random((6 * GROUP, LIMIT), dtype=np.float32))
-    responses = Sampler(policy, range(0, VOCABULARY, 8)).generate(prompts, uniforms, sampling)
-    episodes = as_episodes(responses, prompts)
+    episodes = sample(policy, prompts, uniforms, range(0, VOCABULARY, 8), temperature)
     for row, e in enumerate(episodes):
-        right = row // GROUP % 3 == 0 or row % GROUP == 1  # two zero-variance groups
-        e.rewards = {"format": 0.1, "correct": float(right)}
+        e.rewards = {"format": 0.1, "correct": float(row // GROUP % 3 == 0 or row % GROUP == 1)}
         e.old_logprobs = [logprob + noise * random.normal() for logprob in e.old_logprobs]
-        e.response_ids[0] = row if noise else e.response_ids[0]  # outside top-k and top-p it must not be -inf
     assert 0 < sum(e.truncated for e in episodes) < 13
     return episodes
 
 
-def run_batch(policy: Qwen2, episodes: list[Episode], sampling: Sampling, config: Config) -> tuple[dict, list]:
+def run_batch(policy: Qwen2, episodes: list[Episode], config: Config) -> tuple[dict, list]:
     """What train.py does up to the gradient: the statistics, and the shape (rows, T) of each forward."""
     shapes: list[tuple[int, ...]] = []
     hook = policy.register_forward_pre_hook(lambda _, arguments: shapes.append(tuple(arguments[0].shape)))
     policy.checkpoint_layers = config.train.activation_checkpointing
     grpo.assign_advantages(episodes, config)
     grpo.assign_token_weights(episodes, config)
-    stats = grpo.accumulate_gradient(policy, episodes, sampling, config.train, config.train.tokens_per_microbatch)
+    stats = grpo.accumulate_gradient(policy, episodes, config, config.train.tokens_per_microbatch)
     hook.remove()
     return stats, shapes
 
@@ -185,31 +167,26 @@ def gradient_of(policy: Qwen2) -> dict[str, Tensor]:
     return {name: parameter.grad.clone() for name, parameter in policy.named_parameters()}
 
 
-def plain_logprobs(policy: Qwen2, episode: Episode, sampling: Sampling) -> Tensor:
+def plain_logprobs(policy: Qwen2, episode: Episode, temperature: float = 1.0) -> Tensor:
     """(tokens, V): log_softmax over the vocabulary for each response token."""
     tokens = torch.tensor([episode.prompt_ids + episode.response_ids], device=policy.head.device)
     logits = (policy(tokens)[0] @ policy.head.t())[len(episode.prompt_ids) - 1 : -1, :VOCABULARY]
-    possible = np.stack([plain_distribution(row, sampling) > 0 for row in logits.detach().cpu().numpy()])
-    possible[range(len(possible)), episode.response_ids] = True  # rounding may move a drawn one past the edge
-    removed = torch.from_numpy(~possible).to(logits.device)
-    return (logits / sampling.temperature).masked_fill(removed, -torch.inf).log_softmax(dim=-1)
+    return (logits / temperature).log_softmax(dim=-1)
 
 
-def plain_update(policy: Qwen2, episodes: list[Episode], sampling: Sampling, config: Config) -> tuple:
+def plain_update(policy: Qwen2, episodes: list[Episode], config: Config) -> tuple:
     """The gradient, the statistics, and how many rows need to run."""
     policy, train = copy.deepcopy(policy).double(), config.train
     counts = np.array([len(e.response_ids) for e in episodes])
     kept = np.array([not (e.truncated and train.truncated == "mask") for e in episodes])
     scores = np.array([e.rewards["format"] + e.rewards["correct"] for e in episodes])
-    if train.truncated == "penalize":
-        scores += np.minimum(0.0, (LIMIT - train.penalty_tokens - counts) / train.penalty_tokens)
     loss, figures = torch.zeros(()), []  # figures: of the rows that need to run
     for row, e in enumerate(episodes):
         group = scores[row - row % GROUP :][:GROUP]
         std = group.std() if train.divide_by_std else 1.0
         advantage = (scores[row] - group.mean()) / std if np.ptp(group) > 1e-9 else 0.0
         divisors = {"tokens": counts[kept].sum(), "responses": kept.sum() * counts[row], "limit": kept.sum() * LIMIT}
-        distribution = plain_logprobs(policy, e, sampling)
+        distribution = plain_logprobs(policy, e, config.rollout.temperature)
         logprobs = distribution[range(counts[row]), e.response_ids]
         log_ratio = logprobs - torch.tensor(e.old_logprobs).to(logprobs)
         ratio, low, high = log_ratio.exp(), 1 - train.clip_low, 1 + train.clip_high
@@ -220,96 +197,81 @@ def plain_update(policy: Qwen2, episodes: list[Episode], sampling: Sampling, con
         }
         loss = loss - kept[row] * objectives[train.objective].sum() / divisors[train.divide_loss_by]
         if kept[row] and advantage:
-            entropy = -(distribution.exp() * distribution).nan_to_num().sum(dim=-1)
+            entropy = -(distribution.exp() * distribution).sum(dim=-1)
             outside = (ratio < low) | (ratio > high)
             figures.append(torch.stack([entropy, ratio - 1 - log_ratio, log_ratio.abs(), outside]))
     loss.backward()
-    entropy, approx_kl, gap, outside = torch.cat(figures, dim=1).mean(dim=1).tolist()
-    means = {"entropy": entropy, "approx_kl": approx_kl, "logprob_gap": gap, "clip_fraction": outside}
-    return gradient_of(policy), {"loss": loss.item(), **means}, len(figures)
+    names, means = ("entropy", "approx_kl", "logprob_gap", "clip_fraction"), torch.cat(figures, dim=1).mean(dim=1)
+    return gradient_of(policy), {"loss": loss.item(), **dict(zip(names, means.tolist(), strict=True))}, len(figures)
 
 
-LOSS_SETTINGS = ("objective", "divide_loss_by", "truncated", "divide_by_std")
-OBJECTIVES, DIVISORS = ("reinforce", "clipped", "truncated_is"), ("tokens", "responses", "limit")
-LOSSES = list(product(OBJECTIVES, DIVISORS, ("keep", "mask", "penalize"), (True, False)))
+LOSSES = [
+    {"objective": objective, "divide_loss_by": by, "truncated": truncated, "divide_by_std": truncated == "keep"}
+    for objective in ("reinforce", "clipped", "truncated_is")
+    for by, truncated in product(("tokens", "responses", "limit"), ("keep", "mask"))
+]
 # tokens per micro-batch, response tokens per chunk of logits, activation checkpointing
 CUTS = [(10**9, 10**9, False), (10**9, 3, True), (60, 1, False), (1, 512, True)]
 
 
-@pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize(
-    ("loss", "sampling", "tied", "cut"),
-    [*product(LOSSES, SAMPLINGS[2:], [True], [(40, 512, False)]), *product([()], SAMPLINGS, [True, False], CUTS)],
-    ids=str,
+@every("device", DEVICES)
+@every(
+    ("loss", "temperature", "tied", "cut"),
+    [*product(LOSSES, [1.4], [True], [(40, 512, False)]), *product([{}], [1.0, 0.7], [True, False], CUTS)],
 )
 def test_the_update_is_the_plain_formula_however_the_batch_is_cut(
-    device: str, loss: tuple, sampling: Sampling, tied: bool, cut: tuple, monkeypatch: pytest.MonkeyPatch
+    device: str, loss: dict, temperature: float, tied: bool, cut: tuple, monkeypatch: pytest.MonkeyPatch
 ):
     """A mean over a micro-batch's own tokens would weigh short responses more; a chunk could be lost or doubled."""
     budget, chunk, checkpointing = cut
     monkeypatch.setattr(grpo, "MAX_PADDING", 1.0)  # so that micro-batches are full
     monkeypatch.setattr(grpo, "CHUNK_TOKENS", chunk)
-    train = dict(zip(LOSS_SETTINGS, loss, strict=False), activation_checkpointing=checkpointing)
-    config = config_with(tokens_per_microbatch=budget, **train)
-    policy = small_policy(4, device, tied)
-    episodes = sampled_episodes(policy, sampling, noise=0.4 if loss else 0.0)
-    stats, shapes = run_batch(policy, episodes, sampling, config)
-    gradient, expected, active = plain_update(policy, episodes, sampling, config)
+    cuts = {"tokens_per_microbatch": budget, "activation_checkpointing": checkpointing}
+    config, policy = config_with(temperature=temperature, **cuts, **loss), small_policy(4, device, tied)
+    episodes = sampled_episodes(policy, temperature, noise=0.4 if loss else 0.0)
+    stats, shapes = run_batch(policy, episodes, config)
+    gradient, expected, active = plain_update(policy, episodes, config)
     assert_same_gradient(gradient_of(policy), gradient)
     assert stats == pytest.approx(expected, rel=1e-4, abs=1e-6)
     assert 0.05 < stats["clip_fraction"] < 0.95 if loss else stats["logprob_gap"] < 1e-5  # sampler and trainer agree
-    assert sum(rows for rows, _ in shapes) == active  # zero-variance and masked rows are not run, and still count
-    assert active < len(episodes) or config.train.truncated == "penalize"
+    rows, widths = zip(*shapes, strict=True)
+    assert sum(rows) == active < len(episodes)  # zero-variance and masked rows are not run, and still count
+    assert list(widths) == sorted(widths, reverse=True)  # what does not fit in memory fails first
     assert all(rows == 1 or rows * width <= budget for rows, width in shapes)
     assert (len(shapes) == 1) == (budget == 10**9)
 
 
-@pytest.mark.parametrize("device", DEVICES)
+@every("device", DEVICES)
 def test_the_gradient_of_a_bf16_policy_points_the_same_way(device: str):
     """On CUDA its logits have a backward of their own: torch has none for fp32 sums of a bf16 matmul."""
     policy, gradients = small_policy(4, device, tied=False), []
     episodes = sampled_episodes(policy)
     for dtype in (torch.float32, torch.bfloat16):
-        run_batch(policy.to(dtype), episodes, UNCUT, config_with())
+        run_batch(policy.to(dtype), episodes, config_with())
         gradients.append(gradient_of(policy))
     assert_same_gradient(gradients[1], gradients[0], tolerance=0.1)
 
 
-def test_logits_of_all_tokens_never_exist_at_once(monkeypatch: pytest.MonkeyPatch):
-    """At 8,192 tokens and 151,936 ids they would be 5 GB, several times over: in chunks, and none kept for backward."""
-    policy, logits, chunks, kept = small_policy(4), Qwen2.logits, [], []
-    episodes = sampled_episodes(policy)
-    monkeypatch.setattr(Qwen2, "logits", lambda policy, hidden: chunks.append(len(hidden)) or logits(policy, hidden))
-    monkeypatch.setattr(grpo, "CHUNK_TOKENS", 32)
-    monkeypatch.setattr(grpo, "MAX_PADDING", 1.0)  # one micro-batch
-    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor.shape[-1:]) or tensor, lambda t: t):
-        run_batch(policy, episodes, UNCUT, config_with())
-    tokens = sum(len(e.response_ids) for e in episodes if e.advantage)
-    assert (max(chunks), sum(chunks)) == (32, 2 * tokens)  # in forward, and again in backward
-    assert {(32,), (VOCABULARY + 20,)} & set(kept) == {(32,)}  # hidden states are kept, logits are not
-
-
 @settings(deadline=None)
 @given(st.lists(st.integers(1, 400), max_size=60), st.integers(1, 9000))
-def test_micro_batches_hold_every_row_once_within_the_budget_longest_first(lengths: list[int], budget: int):
-    """Longest first: what does not fit into memory fails in the first micro-batch, not hours later."""
-    batches = grpo.micro_batches(lengths, budget)
-    assert sorted(row for batch in batches for row in batch) == list(range(len(lengths)))
-    assert [lengths[row] for batch in batches for row in batch] == sorted(lengths, reverse=True)
+def test_micro_batches_hold_every_row_once_within_the_budget(lengths: list[int], budget: int):
+    episodes = [SimpleNamespace(length=length) for length in sorted(lengths, reverse=True)]
+    batches = grpo.micro_batches(episodes, budget)
+    assert [id(e) for batch in batches for e in batch] == [id(e) for e in episodes]
 
-    def fits(batch: list[int]) -> bool:
-        area = len(batch) * lengths[batch[0]]
-        return area <= budget and sum(lengths[row] for row in batch) >= 0.95 * area
+    def fits(batch: list[Episode]) -> bool:
+        area = len(batch) * batch[0].length
+        return area <= budget and sum(e.length for e in batch) >= 0.95 * area
 
     assert all(len(batch) == 1 or fits(batch) for batch in batches)
     assert not any(fits([*batch, following[0]]) for batch, following in pairwise(batches))  # so they are few
 
 
-@pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("bound", [0.01, 1e9])
+@every("device", DEVICES)
+@every("bound", [0.01, 1e9])
 def test_a_long_gradient_is_scaled_to_the_bound(device: str, bound: float):
     policy, given_to_optimizer = small_policy(4, device), {}
-    run_batch(policy, sampled_episodes(policy), UNCUT, config_with())
+    run_batch(policy, sampled_episodes(policy), config_with())
     whole = gradient_of(policy)
     length = math.sqrt(sum(tensor.double().square().sum().item() for tensor in whole.values()))
     optimizer = SimpleNamespace(step=lambda: given_to_optimizer.update(gradient_of(policy)))
@@ -326,28 +288,30 @@ USELESS = {
 }
 
 
-@pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("what", USELESS)
+@every("device", DEVICES)
+@every("what", USELESS)
 def test_a_batch_that_teaches_nothing_or_is_not_finite_moves_nothing(device: str, what: str):
     """AdamW would move on its momentum, and a nan in its moments would stay there for good."""
     policy, config = small_policy(4, device), config_with(objective="clipped", truncated="mask")
     optimizer, episodes = AdamW(policy.parameters(), config.train), sampled_episodes(policy)
+    run = SimpleNamespace(config=config, policy=policy, optimizer=optimizer, tokens_at_a_time=Limit("tokens", 10**9))
 
-    def step(batch: list[Episode]) -> tuple[dict, float]:
-        stats, _ = run_batch(policy, batch, UNCUT, config)
-        return stats, grpo.apply_gradient(policy, optimizer, max_norm=1.0)
+    def step(batch: list[Episode]) -> dict:
+        grpo.assign_advantages(batch, config)
+        return update(run, 1, batch)
 
     step(episodes)  # so that there is momentum
     state = {**policy.state_dict(), **optimizer.tensors()}
     before = copy.deepcopy(state)
-    stats, length = step(USELESS[what](episodes))
+    stats = step(USELESS[what](episodes))
     if what.startswith("only"):  # the first row is run, so that there are statistics
-        first = plain_logprobs(policy, episodes[0], UNCUT).detach()
+        first = plain_logprobs(policy, episodes[0]).detach()
         entropy = -(first.exp() * first).sum(dim=-1).mean().item()
-        assert (stats["loss"], length, stats["entropy"]) == (0.0, 0.0, pytest.approx(entropy))
+        assert (stats["loss"], stats["grad_norm"], stats["entropy"]) == (0.0, 0.0, pytest.approx(entropy))
     else:
-        assert (math.isfinite(length), math.isfinite(stats["loss"])) == (False, what == "an infinite norm")
+        assert (math.isfinite(stats["grad_norm"]), stats["skipped"]) == (False, 1)
     assert all(torch.equal(tensor, before[name]) for name, tensor in state.items())
-    assert (optimizer.steps, {parameter.grad for parameter in policy.parameters()}) == (1, {None})
-    assert math.isfinite(step(episodes)[1])  # the next one is clean, and moves
+    assert optimizer.steps == 1
+    assert {parameter.grad for parameter in policy.parameters()} == {None}, "in the way of the next rollout"
+    assert not step(episodes)["skipped"]  # the next one is clean, and moves
     assert not torch.equal(policy.head, before["embed_tokens.weight"])

@@ -1,5 +1,6 @@
 """The optimizer keeps the update of bf16 weights. The bug to prevent is silent: loss and gradient are right, but the
-weights hardly move, because each step is below half the spacing of bf16 numbers."""
+weights hardly move, because each step is below half the spacing of bf16 numbers.
+"""
 
 from dataclasses import replace
 from itertools import pairwise
@@ -9,13 +10,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from config import load_config
 from optimizer import AdamW, join_bits, learning_rate, round_stochastically, split_bits
+from plain_policy import DEVICES
+from plumbing.config import load_config
 
 TINY = load_config(Path(__file__).resolve().parent.parent / "config_tiny.yml").train
 SETTINGS = replace(TINY, learning_rate=1e-6, beta1=0.9, beta2=0.999, weight_decay=0.0)
 MODES = ["master", "split", "offload"]
-DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.cuda)]
 COUNT = 20_000
 WEIGHTS = (torch.randn(COUNT, generator=torch.Generator().manual_seed(0)) * 0.02).bfloat16()
 

@@ -1,92 +1,101 @@
 """What the README says is so: its commands run, shortened; its functions, files, metrics and worked numbers exist."""
 
-import ast
+import importlib
 import json
 import math
 import re
 import shlex
+from contextlib import suppress
+from dataclasses import replace
+from operator import attrgetter
 
-import pytest
-import torch
-from short_run import ROOT
-
-import benchmark
-import evaluate
-import plot
-import train
-from config import load_config
 from countdown_task import ASSISTANT_PREFIX, Problem, grade, question_text
 from data_types import Episode
 from grpo import assign_advantages, assign_token_weights
+from plumbing.config import load_config
+from plumbing.memory import GIB, plan_memory
+from short_run import ROOT, small_world
 from tokenizer import Tokenizer
+from tools import benchmark, cost_model
 
 README = (ROOT / "README.md").read_text()
 BLOCKS = re.findall(r"^( *)```(\w*)\n(.*?)^\1```", README, re.M | re.S)
 LINES = [line for _, language, text in BLOCKS if not language for line in text.splitlines()]
-COMMANDS = [line.partition("  #")[0].strip() for line in LINES]
-SHORT = ["train.steps=1", "train.threads=1", "data.held_out=4"]
-SHORT += ["rollout.questions_per_step=2", "rollout.max_new_tokens=24"]
-TINY = "model.path=tiny model.device=cpu model.dtype=float32 train.optimizer=master data.path=tiny/problems.parquet"
-TINY_MODEL = [*TINY.split(), "data.most_numbers=6", "data.target_high=100", "rollout.group_size=2"]
-PROGRAMS = {"train": train.main, "evaluate": evaluate.main, "plot": plot.main, "benchmark": benchmark.main}
+COMMANDS = [line.partition("  #")[0].strip() for line in LINES] + re.findall(r"^\| `(python [^`]+)` \|", README, re.M)
+SHORT = ["train.steps=1", "train.threads=1", "rollout.questions_per_step=2"]
+ON_A_CPU = ["model.device=cpu", "model.dtype=float32", "train.optimizer=master", "rollout.group_size=2"]
 
 
-def run(command: str) -> None:
-    """A command of ours, shortened; the configs of a GPU train the tiny model instead."""
-    program, *words = shlex.split(command.removeprefix("python "))
-    short = [word for word in SHORT if not any(given.startswith(word.partition("=")[0] + "=") for given in words)]
-    if program == "train.py" and "--config" in words:
-        words += [] if "--name" in words else ["--name", f"of-{words[1]}"]  # two in one second would be one folder
-        words += short if "config_tiny.yml" in words else [*short, *TINY_MODEL]
-    if program == "evaluate.py":
-        words += ["train.threads=1", "data.held_out=4", "rollout.max_new_tokens=24", "--samples", "2"]
-    if program == "benchmark.py":
-        words += ["--rounds", "1", *short, "--no-transformers", *([] if "--fits" in words else TINY_MODEL)]
-    assert PROGRAMS[program.removesuffix(".py")](words) == 0, command
+def run(command: str, world: list[str]) -> None:
+    """A command of ours, shortened; a smaller model and its problems take the place of those of a config."""
+    module, *words = shlex.split(re.sub(r"^python (-m )?|\.py", "", command))
+    settings = [*SHORT, *world, *([] if "config_tiny.yml" in words else ON_A_CPU)]
+    if "--config" in words:  # the command's own settings come later and win, but for those that take long
+        name = ["--name", re.sub(r"\W", "", command)] if module == "train" else ["--rounds", "1"]
+        words = [*name, *settings, *words, world[0], "data.held_out=4"]
+    elif module in ("evaluate", "tools.make_tiny"):
+        words += ["train.threads=1", "rollout.max_new_tokens=24", *(["--samples=2"] if module == "evaluate" else [])]
+    with suppress(SystemExit if "--help" in words else ()):
+        assert importlib.import_module(module).main(words) == 0, command
 
 
-def test_every_command_runs(tmp_path, monkeypatch, capsys):
+def test_every_command_runs_and_logs_the_metrics_in_its_table(tmp_path, monkeypatch, capsys):
     """In the README's order, in one folder: what a command needs, an earlier one has made."""
     for path in (*ROOT.glob("config*.yml"), ROOT / "tiny", ROOT / "benchmarks"):
         (tmp_path / path.name).symlink_to(path)
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(torch, "set_num_threads", lambda count: None)
     monkeypatch.setitem(benchmark.SHAPES, "3B", (32, 48, 2, 4, 2, True, 231))
-    commands = [command for command in COMMANDS if command.startswith("python ") and " -c " not in command]
-    assert len(commands) > 15
-    for command in commands:
-        if "--help" in command:
-            with pytest.raises(SystemExit, match=r"^0$"):
-                train.main(["--help"])
-        elif "--json" in command:  # into the repository it would go; all its parts are in test_benchmark.py
-            run(command.replace("--everything", "--part memory").replace("benchmarks/", ""))
+    world = small_world(tmp_path / "world")
+    for command in filter(None, COMMANDS):
+        if command.startswith("python ") and " -c " not in command:  # test_benchmark.py has all parts
+            run(command.replace("--everything", "--part memory").replace("benchmarks/", ""), world)
         else:
-            run(command)
-    others = {line.split()[0] for line in COMMANDS if line and not line.startswith("python ")}
-    assert others <= {"pip", "pytest", "tmux", "git", "torchrun"}  # torchrun: test_ranks.py
+            assert command.split()[0] in ("pip", "pytest", "tmux", "git", "python", "torchrun")
+    assert len(list(tmp_path.glob("runs/*/metrics.jsonl"))) > 12
+    last = json.loads((tmp_path / "runs/demo/metrics.jsonl").read_text().splitlines()[-1])
+    named = {name for row in rows("metric", "meaning", "in the demo") for name in re.findall("`([^`]+)`", row[0])}
+    named |= {"eval_greedy_se", "eval_sampled_se", "rollout_tokens_per_second", "update_tokens_per_second"}
+    assert named - {"..._se", "..._tokens_per_second"} == last.keys() - {"step"}
+
+
+def test_the_recipes_in_the_head_of_config_yml_fit_their_cards_with_the_figures_given_there():
+    head = re.sub(r"[\s#\\]+", " ", (ROOT / "config.yml").read_text().partition("\nrollout:")[0])
+    figures = r"(\d+) GB(?:(?!python).)*? Plan: ([\d.]+) GiB while .*?, ([\d.]+) in the update.*? Disk: (\d+) GB"
+    recipes = re.findall(figures + r".*?python train.py --config config.yml((?: [\w.]+=\S+)*)", head)
+    assert len(recipes) == head.count("train.py") >= 4
+    for card, sampling, update, disk, overrides in recipes:
+        config, available = load_config(ROOT / "config.yml", overrides.split()), int(card) * benchmark.USABLE
+        size = re.search("Qwen2.5-(.*)-Instruct", config.model.path)[1]
+        shape, real = benchmark.shape_config(size), ROOT.parent / f"shared/qwen2.5/configs/{size}.json"
+        known = json.loads(real.read_text()) if real.exists() else {}
+        shape = replace(shape, **{name: value for name, value in known.items() if hasattr(shape, name)})
+        plan = plan_memory(config, shape, benchmark.PROMPT_TOKENS, available)
+        planned = [f"{peak / GIB:.1f}" for peak in plan.peaks]
+        assert (max(plan.peaks) <= available, *planned) == (True, sampling, update)
+        weight, state = {"split": (2, 6), "offload": (2, 12), "master": (4, 8)}[config.train.optimizer]  # bytes
+        total = 2 + 2 * weight + 2 * (weight + state)  # the download, best and final weights, two checkpoints
+        assert round(cost_model.parameters(shape)[0] * total / 1e9) == int(disk)
 
 
 def test_every_file_and_function_it_names_is_there():
     links = re.findall(r"\[`?([^\]`]+)`?\]\((?!https?:)([^)#]+)\)", README)
-    inline = re.findall(r"(?:python|pytest) ([\w/]+\.py)", README)
+    inline = re.findall(r"(?:python|pytest) ([\w/]+\.py)", re.sub(r"-m\s+tools\.(\w+)", r"tools/\1.py", README))
     for path in {path for _, path in links} | set(inline):
         assert (ROOT / path).exists(), path
     functions = [(name, path) for name, path in links if re.fullmatch(r"[A-Za-z_.]+", name) and name not in path]
     assert len(functions) >= 9
     for name, path in functions:
-        tree = ast.parse((ROOT / path).read_text())
-        for part in name.split("."):
-            tree = next(node for node in tree.body if getattr(node, "name", None) == part)
+        assert attrgetter(name)(importlib.import_module(path.removesuffix(".py")))
     loop = next(text for _, language, text in BLOCKS if language == "python" and "run.steps()" in text)
     assert "".join("    " + line for line in loop.splitlines(True)) in (ROOT / "train.py").read_text()
 
 
 def rows(*head: str) -> list[list[str]]:
     """The cells of the table whose first row has these cells."""
-    found = README.split("| " + " | ".join(head) + " |\n")
-    assert len(found) == 2, head
-    lines = found[1].split("\n\n")[0].splitlines()[1:]
-    return [[cell.strip() for cell in line.strip("| ").split(" | ")] for line in lines]
+    _, found = README.split("| " + " | ".join(head) + " |\n")
+    return [
+        [cell.strip() for cell in line.strip("| ").split(" | ")] for line in found.split("\n\n")[0].splitlines()[1:]
+    ]
 
 
 def test_its_group_of_four_is_what_grpo_computes():
@@ -107,15 +116,5 @@ def test_its_rewards_are_what_grade_says_and_its_prompt_is_what_the_model_sees()
     for response, reward, why in rows("response, after `<think>`", "reward", "why"):
         text = re.match("`(.*)`", response)[1]
         assert math.isclose(sum(grade(text, "truncated" in response, problem).values()), float(reward)), (response, why)
-    tokenizer = Tokenizer(ROOT / "tiny")
-    prompt = tokenizer.decode(tokenizer.encode_prompt(question_text(problem), ASSISTANT_PREFIX))
-    assert prompt in [text.removesuffix("\n") for _, language, text in BLOCKS if language == "text"]
-
-
-def test_its_metrics_are_those_of_a_run(tmp_path):
-    arguments = ["--config", f"{ROOT}/config_tiny.yml", "--name", "run", f"output.folder={tmp_path}", *SHORT]
-    assert train.main([*arguments, f"model.path={ROOT}/tiny", f"data.path={ROOT}/tiny/problems.parquet"]) == 0
-    last = json.loads((tmp_path / "run/metrics.jsonl").read_text().splitlines()[-1])
-    named = {name for row in rows("metric", "meaning", "in the demo") for name in re.findall("`([^`]+)`", row[0])}
-    named |= {"eval_greedy_se", "eval_sampled_se", "rollout_tokens_per_second", "update_tokens_per_second"}
-    assert named - {"..._se", "..._tokens_per_second"} == last.keys() - {"step"}
+    ids = (tokenizer := Tokenizer(ROOT / "tiny")).encode_prompt(question_text(problem), ASSISTANT_PREFIX)
+    assert tokenizer.decode(ids) in [text.removesuffix("\n") for _, language, text in BLOCKS if language == "text"]

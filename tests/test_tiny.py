@@ -1,106 +1,92 @@
-"""The tiny model: complete, honest, able but poor, and kept away from the held-out problems.
-
-A demo that trains on its own exam, or that starts from a model already able, would show nothing.
-"""
+"""The tiny model: complete, honest, able but poor, and never trained on what a demo is judged by."""
 
 import random
 import re
+from fractions import Fraction
 from functools import cache
+from itertools import product
 from pathlib import Path
 
 import pytest
 import torch
-from fuzz_grader import evaluate
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
-import make_tiny
-from config import load_config
-from countdown_task import ASSISTANT_PREFIX, Problem, Settings, examine, grade, load_problems, question_text
-from data_types import Sampling
-from model_folder import load_model
+from countdown_task import ASSISTANT_PREFIX, Problem, Settings, grade, load_problems, question_text
+from fuzz_grader import evaluate
+from plumbing.config import load_config
+from plumbing.memory import Limit
+from plumbing.model_folder import load_model
+from plumbing.tasks import load_task, split_problems
 from rollout import Sampler
-from task import load_task, split_problems
 from tokenizer import Tokenizer
+from tools import make_tiny
 
 TINY = Path(__file__).resolve().parent.parent / "tiny"
 
 
 @cache
 def tiny():
-    """Policy, tokenizer, training problems, held-out problems and their prompts."""
-    problems = load_problems(Settings(path=str(TINY / "problems.parquet")))
-    training, held_out = split_problems(load_task("countdown"), problems, 512)
-    prompts = [Tokenizer(TINY).encode_prompt(question_text(p), ASSISTANT_PREFIX) for p in held_out]
-    return load_model(TINY, torch.device("cpu"), torch.float32), Tokenizer(TINY), training, held_out, prompts
+    """The sampler of the tiny model, training problems, held-out problems and their prompts."""
+    training, held_out = split_problems(load_task("countdown"), Settings(path=str(TINY / "problems.parquet")))
+    policy, limit = load_model(TINY, torch.device("cpu"), torch.float32), Limit("rows at a time", 512)
+    sampler = Sampler(policy, Tokenizer(TINY), load_task("countdown"), 256, limit)
+    return sampler, training, held_out, [sampler.encode_prompt(problem) for problem in held_out]
 
 
 def test_transformers_opens_it_and_answers_alike():
-    """AutoTokenizer puts Qwen's word splitting in place of what tokenizer.json says. With another splitting in there,
-    as there was, whoever opened a trained model the usual way got other ids and nonsense."""
-    policy, tokenizer, _, held_out, prompts = tiny()
+    """AutoTokenizer puts Qwen's word splitting in place of what tokenizer.json says: with another, ids would differ."""
+    sampler, _, held_out, prompts = tiny()
+    policy, tokenizer, rng, same = sampler.policy, sampler.tokenizer, random.Random(1), 0
     theirs = AutoModelForCausalLM.from_pretrained(TINY, dtype=torch.float32)
-    loaded = [AutoTokenizer.from_pretrained(TINY), PreTrainedTokenizerFast.from_pretrained(TINY)]
-    ours = Sampler(policy, tokenizer.end_ids).generate(prompts[:64], torch.rand(64, 48), Sampling(0.0))
-    same = 0
-    for problem, prompt, response in zip(held_out, prompts, ours, strict=False):
-        chat = [{"role": "user", "content": question_text(problem)}]
-        for their in loaded:
-            text = their.apply_chat_template(chat, tokenize=False, add_generation_prompt=True) + ASSISTANT_PREFIX
-            assert their(text)["input_ids"] == prompt
-            assert their.decode(response.ids) == tokenizer.decode(response.ids)
-        tokens = torch.tensor([prompt])
+    loaded = [kind.from_pretrained(TINY) for kind in (AutoTokenizer, PreTrainedTokenizerFast)]
+    ours = sampler.generate(policy, prompts[:64], torch.rand(64, 48), 0.0, max_rows=64)
+    for length in {len(prompt) for prompt in prompts[:64]}:
+        rows = [row for row in range(64) if len(prompts[row]) == length]
+        tokens = torch.tensor([prompts[row] for row in rows])
         with torch.no_grad():
-            torch.testing.assert_close(policy.logits(policy(tokens)[0]), theirs(tokens).logits[0], atol=1e-4, rtol=0)
-        found = theirs.generate(tokens, do_sample=False, max_new_tokens=48)[0, len(prompt) :].tolist()
-        same += found == response.ids
+            logits = policy.logits(policy(tokens).flatten(0, 1))
+            torch.testing.assert_close(logits, theirs(tokens).logits.flatten(0, 1), atol=1e-4, rtol=0)
+        found = theirs.generate(tokens, do_sample=False, max_new_tokens=48)[:, length:].tolist()
+        same += sum(ids[: len(ours[row].ids)] == ours[row].ids for row, ids in zip(rows, found, strict=True))
     assert same >= 62, "but for two whose choice is a tie in the last bits"
-    rng = random.Random(1)
-    for lesson in make_tiny.Recipe().lessons:
-        for problem in rng.choices(held_out, k=100):
-            trace = make_tiny.write_trace(problem, lesson, rng) + "<|im_end|>"
-            ids = tokenizer.encode(trace)
-            assert [their(trace)["input_ids"] for their in loaded] == [ids, ids]
-            assert tokenizer.decode(ids) == trace
+    for their, (problem, prompt) in product(loaded, zip(held_out[:64], prompts, strict=False)):
+        chat = [{"role": "user", "content": question_text(problem)}]
+        text = their.apply_chat_template(chat, tokenize=False, add_generation_prompt=True) + ASSISTANT_PREFIX
+        assert their(text)["input_ids"] == prompt
+    for lesson, problem in product(make_tiny.Recipe().lessons, held_out[:100]):
+        trace = make_tiny.write_trace(problem, lesson, rng) + "<|im_end|>"
+        ids = tokenizer.encode(trace)
+        assert [their(trace)["input_ids"] for their in loaded] == [ids, ids]
+        assert [their.decode(ids) for their in (tokenizer, *loaded)] == [trace] * 3
 
 
-def test_the_folder_is_small_prompts_are_short_and_digits_single():
-    """Long prompts would spend the demo's minutes on reading the question."""
-    _, tokenizer, _, _, prompts = tiny()
+def test_the_folder_is_small_prompts_are_short_and_no_held_out_problem_was_ever_trained_on():
+    """Neither by GRPO nor by make_tiny.py. Long prompts would spend the demo's minutes on reading the question."""
+    sampler, *sides, prompts = tiny()
     assert sum(file.stat().st_size for file in TINY.iterdir()) <= 8_000_000
     assert max(map(len, prompts)) <= 24
-    assert len(tokenizer.encode("1234567890")) == 10
-
-
-def test_no_held_out_problem_was_ever_trained_on():
-    """Neither by GRPO nor by make_tiny.py."""
+    assert len(sampler.tokenizer.encode("1234567890")) == 10
     data = load_config(TINY.parent / "config_tiny.yml").data
     assert (TINY.parent / data.path, data.held_out) == (TINY / "problems.parquet", 512)
-    sides = *tiny()[2:4], load_problems(Settings(path=str(TINY / "sft_problems.parquet")))
+    sides.append(load_problems(Settings(path=str(TINY / "sft_problems.parquet"))))
     training, held_out, taught = ({(*sorted(p.numbers), p.target) for p in side} for side in sides)
-    assert (len(training), len(held_out)) == (5435, 512)
-    assert not held_out & training
-    assert taught <= training
+    assert (len(training), len(held_out), held_out & training, taught - training) == (5435, 512, set(), set())
 
 
 def test_able_but_poor():
     """Format and arithmetic nearly always right, 15 to 40 % success: the rest is left to GRPO."""
-    policy, tokenizer, _, held_out, prompts = tiny()
-    uniforms = torch.rand(512, 256, generator=torch.Generator().manual_seed(5))
-    responses = Sampler(policy, tokenizer.end_ids).generate(prompts, uniforms, Sampling())
-    texts = [tokenizer.decode(response.ids[:-1]) for response in responses]
-    rewards = [grade(text, r.truncated, p) for text, r, p in zip(texts, responses, held_out, strict=True)]
-    assert sum(r["format"] > 0 for r in rewards) / 512 > 0.97
-    assert 0.15 <= sum(r["correct"] for r in rewards) / 512 <= 0.40
-    equations = [equation for text in texts for equation in re.findall(r"(\d+[-+*/]\d+)=(\d+)", text)]
-    right = sum(evaluate(left)[0] == int(result) for left, result in equations if not left.endswith("/0"))
-    assert len(equations) > 1000
-    assert right / len(equations) > 0.97
+    sampler, _, held_out, _ = tiny()
+    episodes = sampler.rollout(held_out[:256], 1, 1.0, torch.Generator().manual_seed(5))
+    rewards = [grade(episode.text, episode.truncated, episode.problem) for episode in episodes]
+    assert sum(r["format"] > 0 for r in rewards) / 256 > 0.97
+    assert 0.15 <= sum(r["correct"] for r in rewards) / 256 <= 0.40
+    assert make_tiny.examine([episode.text for episode in episodes], held_out[:256])["equations right"] > 0.97
 
 
 def test_examining_traces_by_hand():
     """Four of six equations are right, one of two hits is, and so is the one miss."""
     texts = ["8+6=14, 14*3=42 no\n9/3=4, 4+6=10 yes", "7-8=1, 1*3=3 yes\n7-8=1 9/0=0, 0+", "6/0=0, 1+0 = 1 no"]
-    found = examine(texts, [Problem((3, 6, 8), target) for target in (10, 4, 9)])
+    found = make_tiny.examine(texts, [Problem((3, 6, 8), target) for target in (10, 4, 9)])
     assert found == {"tries per response": 1.0, "equations right": 4 / 6, "`yes` true": 0.5, "`no` true": 1.0}
 
 
@@ -122,8 +108,11 @@ def test_traces_are_honest_and_their_arithmetic_is_right(lesson):
         assert grade(trace, False, problem)["correct"] == float(lines[-1][-1] == "yes")
 
 
-def test_the_tries_cover_what_is_solvable():
+def test_the_problems_are_all_there_are_and_the_tries_cover_what_is_solvable():
     """Nearly every problem can be solved by some line of a trace, or the demo could not reach 90 %."""
-    problems = tiny()[2][::10] + tiny()[3]
+    small = [p for p in load_problems(Settings(path=str(TINY / "problems.parquet"))) if max(p.numbers) <= 6]
+    assert make_tiny.generate_problems(count=3, low=1, high=6, target_low=10, target_high=100) == small
+    assert make_tiny.reachable_values((2, 3)) == {5, -1, 1, 6, Fraction(2, 3), Fraction(3, 2)}
+    problems = tiny()[1][::10] + tiny()[2]
     solvable = sum(any(t.value == p.target for t in make_tiny.all_tries(p.numbers)) for p in problems)
     assert solvable / len(problems) > 0.99

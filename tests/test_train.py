@@ -1,39 +1,40 @@
-"""train.py as a person uses it: short runs of the tiny config, the files and metrics they leave, and determinism."""
+"""train.py as a person uses it: short runs, the files and metrics they leave, determinism, and what is sampled."""
 
 import copy
 import re
 import subprocess
 import sys
 import time
-from types import SimpleNamespace
 
 import pandas
 import pytest
 import torch
-from short_run import ROOT, Done, arguments, run
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import train
-from config import load_config
 from countdown_task import ASSISTANT_PREFIX, question_text
-from data_types import Episode, Progress, Sampling
+from data_types import Episode
 from evaluate import load_agent
-from logbook import Logbook
-from model_folder import load_model
 from optimizer import AdamW
+from plumbing.config import load_config
+from plumbing.logbook import Logbook
+from plumbing.memory import Limit
+from rollout import Sampler
+from short_run import ROOT, Done, arguments, run
 from tokenizer import Tokenizer
 
 STEP_KEYS = """step reward reward_std reward_format reward_correct response_length truncated groups zero_variance loss
     entropy approx_kl logprob_gap clip_fraction learning_rate grad_norm skipped rollout_seconds
     rollout_tokens_per_second update_seconds update_tokens_per_second elapsed_seconds"""
 GREEDY, SAMPLED = ({f"eval_{kind}", f"eval_{kind}_se"} for kind in ("greedy", "sampled"))
+CHANGES = ("eval.every=2", "checkpoint.keep=2", "output.samples=2")
 
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory) -> Done:
-    """A run from the command line."""
+    """A run of the tiny model from the command line."""
     folder = tmp_path_factory.mktemp("runs") / "one"
-    command = [sys.executable, "train.py", *arguments(folder, "eval.every=2", "checkpoint.keep=2", "output.samples=2")]
+    command = [sys.executable, "train.py", *arguments(folder, *CHANGES)]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
     return Done(folder, done.returncode, done.stdout.splitlines(), done.stderr.splitlines())
 
@@ -48,8 +49,10 @@ def test_the_run_folder_holds_what_the_readme_promises(finished):
         assert m.keys() - GREEDY - SAMPLED == set(STEP_KEYS.split())
         assert max(m["logprob_gap"], abs(m["approx_kl"])) < 1e-5, "the first update is on-policy"
     assert list((folder / "tensorboard").glob("events.*"))
+    assert {path.name for path in folder.glob("checkpoints/step-*")} == {"step-000002", "step-000003"}
+    assert finished.tensors(2) != finished.tensors(3) == finished.tensors("final") != finished.tensors(ROOT / "tiny")
     assert [sample["step"] for sample in finished.samples()] == [1, 1, 2, 2, 3, 3]
-    typed = arguments(folder, "eval.every=2", "checkpoint.keep=2", "output.samples=2")
+    typed = arguments(folder, *CHANGES)
     assert load_config(folder / "config.yml") == load_config(typed[1], typed[4:])
     shown = {line.partition("  ")[0]: line for line in printed if line.startswith("step ") and "reward" in line}
     assert list(shown) == ["step 1/3", "step 2/3", "step 3/3"]
@@ -61,56 +64,77 @@ def test_the_run_folder_holds_what_the_readme_promises(finished):
         assert re.findall(r"[\d.]+", line) == [scores[0][0], scores[-1][0]]
 
 
-def test_checkpoints_and_the_final_model_are_folders_that_transformers_opens(finished):
-    """Only the newest checkpoints stay; training has moved the weights; the logits are those of the policy."""
-    assert {path.name for path in finished.folder.glob("checkpoints/step-*")} == {"step-000002", "step-000003"}
-    assert finished.tensors(2) != finished.tensors(3) == finished.tensors("final") != finished.tensors(ROOT / "tiny")
-    tokens = torch.randint(0, 256, (2, 30), generator=torch.Generator().manual_seed(0))
-    for folder in (finished.folder / "final", finished.folder / "checkpoints" / "step-000002"):
-        policy = load_model(folder, torch.device("cpu"), torch.float32)
-        with torch.no_grad():
-            theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)(tokens).logits.flatten(0, 1)
-            torch.testing.assert_close(policy.logits(policy(tokens).flatten(0, 1)), theirs, atol=1e-4, rtol=0)
+def test_a_checkpoint_and_the_final_model_answer_in_transformers_as_they_do_here(finished):
+    """Opened the usual way a model used to get other ids for a prompt, and to talk nonsense."""
+    for folder in (finished.folder / "checkpoints" / "step-000002", finished.folder / "final"):
+        agent = load_agent(str(folder), finished.folder / "config.yml", ["train.threads=1"])
+        model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+        policy, task = agent.sampler.policy, agent.sampler.task
+        for ours in agent.sampler.rollout(agent.held_out[:4], 1, 0.0, torch.Generator()):
+            chat = [{"role": "user", "content": task.question_text(ours.problem)}]
+            text = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
+            prompt = tokenizer(text + task.ASSISTANT_PREFIX, return_tensors="pt")
+            theirs = model.generate(**prompt, do_sample=False, max_new_tokens=48)
+            assert theirs[0].tolist() == ours.prompt_ids + ours.response_ids
+            with torch.no_grad():
+                logits = policy.logits(policy(theirs).flatten(0, 1))
+                torch.testing.assert_close(logits, model(theirs).logits.flatten(0, 1), atol=1e-4, rtol=0)
 
 
-def test_the_final_model_answers_in_transformers_as_it_does_here(finished):
-    """Opened the usual way it used to get other ids for a prompt, and to talk nonsense."""
-    final = str(finished.folder / "final")
-    agent = load_agent(final, finished.folder / "config.yml", ["train.threads=1"])
-    model, tokenizer = AutoModelForCausalLM.from_pretrained(final), AutoTokenizer.from_pretrained(final)
-    for problem in agent.held_out[:4]:
-        chat = [{"role": "user", "content": agent.task.question_text(problem)}]
-        text = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
-        prompt = tokenizer(text + agent.task.ASSISTANT_PREFIX, return_tensors="pt")
-        theirs = model.generate(**prompt, do_sample=False, max_new_tokens=48)[0, prompt.input_ids.shape[1] :]
-        (ours,) = agent.generate([agent.encode_prompt(problem)], torch.zeros(1, 48), Sampling(0.0))
-        assert theirs.tolist() == ours.ids
-
-
-def test_a_run_follows_from_its_seed_however_often_it_is_evaluated(finished, tmp_path):
+def test_a_run_follows_from_its_seed_however_often_it_is_evaluated(small, tmp_path):
     """An evaluation that drew from training's generator would change every later step."""
-    again, other = run(tmp_path / "again", "eval.every=1", "output.samples=2"), run(tmp_path / "2", "train.seed=2")
-    for mine, theirs in zip(again.metrics(), finished.metrics(), strict=True):
+    seldom, often = run(tmp_path / "1", *small), run(tmp_path / "2", *small, "eval.every=1")
+    other = run(tmp_path / "3", *small, "train.seed=2")
+    for mine, theirs in zip(often.metrics(), seldom.metrics(), strict=True):
         assert {key: mine[key] for key in theirs} == theirs
         assert {key.partition("_")[0] for key in mine.keys() - theirs.keys()} <= {"eval"}
-    assert (again.samples(), again.tensors("final")) == (finished.samples(), finished.tensors("final"))
-    assert other.metrics()[1:] != finished.metrics()[1:]
-    assert len({done.metrics()[0]["eval_greedy"] for done in (finished, other)}) == 1, "greedy depends on no seed"
+    assert (often.samples(), often.tensors("final")) == (seldom.samples(), seldom.tensors("final"))
+    assert other.metrics()[1:] != seldom.metrics()[1:]
+    assert len({done.metrics()[0]["eval_greedy"] for done in (seldom, other)}) == 1, "greedy depends on no seed"
 
 
-def test_the_metrics_mean_what_they_say(tmp_path, monkeypatch):
-    """Tokens that no update ran made the update look fast: zero-variance groups, masked and surplus responses."""
-    steps, write_step, update = [], Logbook.write_step, AdamW.step
+def test_each_step_samples_the_next_problems_with_random_numbers_of_its_own(small, tmp_path, monkeypatch):
+    """Given the same numbers or problems at each step, a policy learns them by heart and looks healthy."""
+    asked, batches, rollout, update = [], [], Sampler.rollout, train.update
 
-    def spying(self: Logbook, step: int, metrics: dict, episodes: list[Episode]) -> None:
+    def asking(self: Sampler, problems: list, size: int, temperature: float, generator: torch.Generator) -> list:
+        asked.append((size, temperature, generator.initial_seed(), [*map(repr, problems)]))
+        return rollout(self, problems, size, temperature, generator)
+
+    monkeypatch.setattr(Sampler, "rollout", asking)
+    monkeypatch.setattr(train, "update", lambda run, step, batch: batches.append(batch) or update(run, step, batch))
+    changes = "train.steps=5", "eval.every=1", "rollout.max_draws=3", "rollout.group_size=2", "rollout.temperature=0.9"
+    metrics = run(tmp_path / "run", *small, *changes).metrics()[1:]
+    evaluations, draws = ([each for each in asked if each[0] == size] for size in (1, 2))
+    assert [temperature for _, temperature, *_ in evaluations] == [0, 1, 0, 0, 0, 0, 0, 1]
+    assert len({(seed, *problems) for *_, seed, problems in evaluations}) == 1
+    assert (len({seed for *_, seed, _ in asked}), {draw[1] for draw in draws}) == (len(draws) + 1, {0.9})
+    drawn = [problem for *_, problems in draws for problem in problems]
+    first, second = drawn[:16], drawn[16:32]  # epochs
+    assert len(drawn) == sum(m["groups"] for m in metrics) >= 32
+    assert sorted(first) == sorted(second) != first != second
+    assert len({*first, *evaluations[0][3]}) == 20
+    for m, batch in zip(metrics, batches, strict=True):
+        assert len(batch) == 2 * (m["groups"] - m["zero_variance"]) <= 8
+        assert all(one.reward != other.reward for one, other in zip(batch[::2], batch[1::2], strict=True))
+    assert max(m["groups"] for m in metrics) > 8, "not the case"  # more than two draws
+
+
+def test_the_metrics_mean_what_they_say(small, tmp_path, monkeypatch):
+    """Tokens that no update ran made the update look fast: zero-variance groups and masked responses. The smallest
+    micro-batch was sized by them, too, and then held two rows of those that are run."""
+    steps, least, write_step, update, attempt = [], [], Logbook.write_step, AdamW.step, Limit.attempt
+
+    def spying(self: Logbook, step: int, metrics: dict, episodes: list[Episode], *others: object) -> None:
         steps.append((dict(metrics), copy.deepcopy(episodes)))
-        write_step(self, step, metrics, episodes)
+        write_step(self, step, metrics, episodes, *others)
 
     monkeypatch.setattr(Logbook, "write_step", spying)
-    monkeypatch.setattr(AdamW, "step", lambda self: (time.sleep(0.3), update(self)))
-    recipe = "train.objective=clipped train.updates_per_batch=2 train.truncated=mask train.steps=2 train.seed=7"
-    recipe += " rollout.max_draws=3 rollout.max_new_tokens=29 train.warmup_steps=4"
-    assert run(tmp_path / "run", *recipe.split()).status == 0
+    monkeypatch.setattr(Limit, "attempt", lambda *of, **by: least.append(by["least"]) or attempt(*of, **by))
+    monkeypatch.setattr(AdamW, "step", lambda self: (time.sleep(0.1), update(self)))
+    recipe = """train.objective=clipped train.updates_per_batch=2 train.truncated=mask train.steps=2
+        train.warmup_steps=4 rollout.group_size=2 rollout.questions_per_step=8 rollout.max_draws=3 rollout.max_new_tokens=6"""
+    assert run(tmp_path / "run", *small, *recipe.split()).status == 0
     files = tmp_path / "run/metrics.jsonl", tmp_path / "run/samples.jsonl"
     metrics, samples = (pandas.read_json(file, lines=True) for file in files)
     kept = [(step, e) for step, (_, episodes) in enumerate(steps) for e in episodes[:16]]
@@ -121,36 +145,21 @@ def test_the_metrics_mean_what_they_say(tmp_path, monkeypatch):
         assert sample == pytest.approx({**texts, **parts, **rest})
         chat = f"<|im_start|>user\n{sample['prompt']}<|im_end|>\n<|im_start|>assistant\n{ASSISTANT_PREFIX}"
         assert Tokenizer(ROOT / "tiny").decode(e.prompt_ids) == chat
-    assert metrics["learning_rate"][1:].tolist() == pytest.approx([3e-4 / 4, 3e-4 / 2])
+    assert metrics["learning_rate"][1:].tolist() == pytest.approx([1e-3 / 4, 1e-3 / 2])
     spent = (metrics["rollout_seconds"] + metrics["update_seconds"]).cumsum()
     assert (spent < metrics["elapsed_seconds"])[1:].all()
     for m, episodes in steps[1:]:
-        count = len(episodes)
-        groups = [episodes[first : first + 4] for first in range(0, count, 4)]
-        active = [group for group in groups if len({e.reward for e in group}) > 1]
-        ran = [e for group in active[:4] for e in group if not e.truncated]
-        assert (m["groups"], m["zero_variance"]) == (count / 4, len(groups) - len(active))
+        count, sampled = len(episodes), sum(len(e.response_ids) for e in episodes)
+        groups = [*zip(episodes[::2], episodes[1::2], strict=True)]
+        active = [group for group in groups if group[0].reward != group[1].reward]
+        lengths = [len(e.prompt_ids) + len(e.response_ids) for group in active for e in group if not e.truncated]
+        assert (m["groups"], m["zero_variance"]) == (count / 2, len(groups) - len(active))
         assert m["reward"] == pytest.approx(sum(e.rewards["format"] + e.rewards["correct"] for e in episodes) / count)
         assert m["reward_correct"] == sum(e.rewards["correct"] == 1 for e in episodes) / count
-        assert m["truncated"] == sum(e.truncated for e in episodes) / count
-        sampled = sum(len(e.response_ids) for e in episodes)
-        assert m["response_length"] == sampled / count
+        assert (m["truncated"], m["response_length"]) == (sum(e.truncated for e in episodes) / count, sampled / count)
         assert m["rollout_tokens_per_second"] * m["rollout_seconds"] == pytest.approx(sampled)
-        updated = 2 * sum(len(e.prompt_ids) + len(e.response_ids) for e in ran)
-        assert m["update_tokens_per_second"] * m["update_seconds"] == pytest.approx(updated)
-        assert m["update_seconds"] > 0.6, "the optimizer's steps are part of the update"
-        assert min(m["groups"] - m["zero_variance"] - 4, m["zero_variance"], m["truncated"]) > 0, "not the case"
-
-
-def test_an_epoch_visits_every_problem_once_and_the_next_in_another_order():
-    config = load_config(ROOT / "config_tiny.yml", ["rollout.questions_per_step=3"])
-    runs = [SimpleNamespace(config=config, training=range(10), progress=Progress(drawn=n)) for n in range(0, 21, 3)]
-    problems = [problem for run in runs for problem in train.next_problems(run, 0)]
-    assert sorted(problems[:10]) == sorted(problems[10:20]) == list(range(10))
-    assert problems[:10] != problems[10:20]
-    assert train.next_problems(runs[0], 1) == train.next_problems(runs[1], 0), "a further draw goes on from the first"
-
-
-def test_generators_of_different_purposes_and_steps_differ():
-    cases = [(seed, purpose, step) for seed in (1, 2) for purpose in ("rollout 0", "evaluation") for step in (0, 1, 2)]
-    assert len({torch.rand(1, generator=train.make_generator(*case)).item() for case in cases}) == 12
+        assert m["update_tokens_per_second"] * m["update_seconds"] == pytest.approx(2 * sum(lengths))
+        assert m["update_seconds"] > 0.2, "the optimizer's steps are part of the update"
+        assert max(lengths) in least
+        longest = max(e.length for e in episodes)
+        assert (min(m["zero_variance"], m["truncated"]) > 0, max(lengths) < longest) == (True, True), "not the case"

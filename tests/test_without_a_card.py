@@ -6,29 +6,28 @@ CUDA graph. `OneDevice` adds what meta lets pass: an operation between a meta te
 
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from live_bytes import cuda_kernels
-from plain_policy import active_episodes
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import grpo
-import rollout
-import run
-from config import load_config
-from data_types import Sampling, UserError
+from live_bytes import cuda_kernels
 from optimizer import AdamW
+from plain_policy import active_episodes
+from plumbing.config import load_config
+from plumbing.run import find_device
+from plumbing.terminal import UserError
 from qwen2_model import Qwen2, Qwen2Config
+from rollout import Decoder, KVCache
 
 SHAPE = Qwen2Config(512, 64, 128, 2, 4, 2, 16, 1e-6, 1e6, True, 1024)
-CONFIG = load_config("config.yml", ["rollout.max_new_tokens=40", "train.tokens_per_microbatch=128"])
-PROMPTS = [[1, 2, 3], [4, 5, 6, 7, 8], [9]]
-SAMPLINGS = [Sampling(), Sampling(0.0), Sampling(0.7, top_k=20), Sampling(1.0, top_p=0.9)]
+CONFIG = load_config(Path(__file__).resolve().parent.parent / "config.yml", ["rollout.temperature=0.7"])
 
 
 class OneDevice(TorchDispatchMode):
@@ -47,86 +46,75 @@ class OneDevice(TorchDispatchMode):
         return result
 
 
-@pytest.fixture(autouse=True)
-def _meta_stands_in_for_cuda(monkeypatch):
-    cuda_kernels(monkeypatch)
-
-
 def policy_on(device: str, dtype: torch.dtype = torch.bfloat16) -> Qwen2:
     with torch.device(device):
         policy = Qwen2(SHAPE)
     for weight in policy.parameters():  # policy.to(dtype) fails with fake tensors
         weight.data = weight.data.to(dtype)
-    policy.vocabulary = 500
     return policy
 
 
-def prefilled(sampling: Sampling, device: str = "meta") -> rollout.Decoder:
-    policy = policy_on(device)
-    cache = rollout.KVCache(policy, [len(prompt) for prompt in PROMPTS], 2, 40)
-    decoder = rollout.Decoder(policy, cache, torch.empty(6, 40, device=device), [7, 8], sampling)
+def prefilled(temperature: float = 1.0, device: str = "meta") -> Decoder:
+    policy, prompts = policy_on(device), [[1, 2, 3], [4, 5, 6, 7, 8], [9]]
+    cache, uniforms = KVCache(policy, [len(prompt) for prompt in prompts], 2, 40), torch.empty(6, 40, device=device)
+    decoder = Decoder(policy, cache, uniforms, [7, 8], temperature)
     with OneDevice(uploads=True):
-        decoder.prefill(PROMPTS)
+        decoder.prefill(prompts)
     return decoder
 
 
-@pytest.mark.parametrize("sampling", SAMPLINGS, ids=str)
+FAULTS = {
+    "a value": lambda decoder, logits: decoder.lengths[0].item(),
+    "a boolean index": lambda decoder, logits: decoder.lengths[decoder.alive],
+    "an operand on the CPU": lambda decoder, logits: decoder.lengths + torch.ones(6, dtype=torch.long),
+    "an upload": lambda decoder, logits: torch.ones(6).to(logits.device),
+}
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7, 0.0])
 @torch.inference_mode()
-def test_a_decode_step_touches_nothing_but_the_device(sampling):
-    decoder, row = prefilled(sampling), torch.empty(1, dtype=torch.long, device="meta")
+def test_a_decode_step_touches_nothing_but_the_device(temperature, monkeypatch):
+    cuda_kernels(monkeypatch)
+    decoder, row = prefilled(temperature), torch.empty(1, dtype=torch.long, device="meta")
     with OneDevice():
         for rows, columns in ((6, 128), (6, 6), (4, 11), (1, 12)):
             decoder.step(rows, columns)
         decoder.cache.move(row, row, 9)
+    for fault in FAULTS.values():  # planted in it, and caught
+        monkeypatch.setattr(Decoder, "record", fault)
+        with pytest.raises((RuntimeError, NotImplementedError, AssertionError)), OneDevice():
+            decoder.step(6, 128)
 
 
 @pytest.mark.parametrize("checkpoint_layers", [False, True])
-@pytest.mark.parametrize("objective", ["reinforce", "clipped", "truncated_is"])
-def test_a_gradient_synchronizes_once_per_micro_batch(objective, checkpoint_layers, monkeypatch):
-    reads, policy = [], policy_on("meta")
+@pytest.mark.parametrize(
+    ("objective", "mode", "dtype"),
+    [
+        ("reinforce", "master", torch.float32),
+        ("clipped", "master", torch.bfloat16),
+        ("truncated_is", "split", torch.bfloat16),
+    ],
+)
+def test_an_update_synchronizes_once_per_micro_batch(objective, mode, dtype, checkpoint_layers, monkeypatch):
+    cuda_kernels(monkeypatch)
+    reads, policy = [], policy_on("meta", dtype)
     monkeypatch.setattr(Tensor, "cpu", lambda tensor: reads.append(1) or torch.zeros(tensor.shape))
-    settings, policy.checkpoint_layers = replace(CONFIG.train, objective=objective), checkpoint_layers
-    batch = active_episodes((3, 30), (4, 31), (5, 32), (6, 33))
-    with OneDevice(uploads=True):
-        grpo.accumulate_gradient(policy, batch, Sampling(0.7, top_p=0.9), settings, 128)
-    assert len(reads) == len(grpo.micro_batches([episode.length for episode in batch], 128)) > 1
-
-
-@pytest.mark.parametrize(("mode", "dtype"), [("master", torch.float32), ("split", torch.bfloat16)])
-def test_the_optimizer_stays_on_the_device(mode, dtype, monkeypatch):
     monkeypatch.setattr("optimizer.SLICE", 1000)
-    policy = policy_on("meta", dtype)
-    optimizer = AdamW(policy.parameters(), replace(CONFIG.train, optimizer=mode))
-    for parameter in policy.parameters():
-        parameter.grad = torch.empty_like(parameter, dtype=torch.float32)
+    config = replace(CONFIG, train=replace(CONFIG.train, objective=objective, optimizer=mode))
+    policy.checkpoint_layers, batch = checkpoint_layers, active_episodes((6, 33), (5, 32), (4, 31), (3, 30))
+    optimizer = AdamW(policy.parameters(), config.train)
+    with OneDevice(uploads=True):
+        grpo.accumulate_gradient(policy, batch, config, 128)
+    assert len(reads) == len(grpo.micro_batches(batch, 128)) > 1
     with OneDevice():
         optimizer.step()
 
 
-FAULTS = {
-    "item": lambda decoder, logits: decoder.lengths[0].item(),
-    "boolean index": lambda decoder, logits: decoder.lengths[decoder.alive],
-    "CPU operand": lambda decoder, logits: decoder.lengths + torch.ones(6, dtype=torch.long),
-    "CPU index": lambda decoder, logits: decoder.lengths[torch.tensor([0, 1])],
-    "upload": lambda decoder, logits: torch.ones(6).to(logits.device),
-}
-
-
-@pytest.mark.parametrize("fault", FAULTS.values(), ids=FAULTS)
-@torch.inference_mode()
-def test_a_planted_fault_in_the_decode_step_is_caught(fault, monkeypatch):
-    decoder, record = prefilled(Sampling()), rollout.Decoder.record
-    monkeypatch.setattr(rollout.Decoder, "record", lambda self, logits: (fault(self, logits), record(self, logits)))
-    with pytest.raises((RuntimeError, NotImplementedError, AssertionError)), OneDevice():
-        decoder.step(6, 128)
-
-
 @pytest.mark.skipif(torch.version.cuda is None, reason="needs a CUDA build of torch, but no card")
-def test_sampling_runs_on_fake_cuda_tensors(monkeypatch):
+def test_sampling_runs_on_fake_cuda_tensors():
     """Beyond meta: CUDA's own dispatch, in a torch that was built for it."""
-    monkeypatch.undo()  # the kernels as they are
     with FakeTensorMode(), torch.no_grad():
-        decoder = prefilled(Sampling(), "cuda")
+        decoder = prefilled(device="cuda")
         decoder.step(6, 128)
         decoder.step(3, 128)
         assert decoder.tokens.is_cuda
@@ -137,12 +125,15 @@ def test_sampling_runs_on_fake_cuda_tensors(monkeypatch):
 @pytest.mark.parametrize(("name", "index"), [("cuda", 0), ("auto", 0), ("cuda:1", 1)])
 def test_the_device_has_an_index_because_set_device_refuses_one_without(name, index, monkeypatch):
     chosen = []
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    for function, fake in {
+        "is_available": lambda: True,
+        "device_count": lambda: 2,
+        "set_device": chosen.append,
+    }.items():
+        monkeypatch.setattr(torch.cuda, function, fake)
     monkeypatch.setattr(torch.backends.cuda, "enable_cudnn_sdp", chosen.append)
-    monkeypatch.delenv("PYTORCH_CUDA_ALLOC_CONF", raising=False)
-    assert run.find_device(name) == torch.device("cuda", index)
+    monkeypatch.setenv("PYTORCH_CUDA_ALLOC_CONF", "")
+    assert find_device(name) == torch.device("cuda", index)
     assert chosen == [torch.device("cuda", index), False]
     with pytest.raises(UserError, match="cuda:2"):
-        run.find_device("cuda:2")
+        find_device("cuda:2")

@@ -1,6 +1,6 @@
 """How a step's cost grows with group, questions, response length, model and ranks: tables and exponents.
 
-    PYTHONPATH=. python docs/growth.py     # prints the tables, writes docs/growth.png (ten minutes on an idle machine)
+    python -m tools.growth     # prints the tables, writes docs/growth.png (ten minutes on an idle machine)
 
 Random weights of tiny shapes on one core, forced response lengths; CPU seconds, the best of three. For the ranks, wall
 time of the demo's rollout and update, one core per rank.
@@ -14,18 +14,19 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullLocator
 
-import benchmark
-from benchmark import Workload, markdown
-from config import load_config
+from plumbing.config import load_config
+from tools import benchmark
+from tools.benchmark import Workload, markdown
 
 BASE = ["train.threads=1", "rollout.group_size=8", "rollout.questions_per_step=8", "rollout.max_new_tokens=128"]
 SHAPES = {"0.8M": (128, 384, 4, 8, 2, True, 496), "3.2M": (256, 768, 4, 8, 2, True, 496)}
 SHAPES["12.3M"] = (512, 1536, 4, 8, 2, True, 496)
-AXES = {
+AXES: dict[str, list[Any]] = {
     "group_size": [4, 8, 16, 32, 64],
     "questions_per_step": [8, 16, 32, 64, 128],
     "max_new_tokens": [64, 128, 256, 512, 1024],

@@ -12,7 +12,8 @@ import re
 from dataclasses import dataclass
 
 from countdown_task import ASSISTANT_PREFIX, Problem, evaluate_expression, question_text
-from data_types import DataSettings, UserError, setting
+from data_types import DataSettings, setting
+from plumbing.terminal import UserError
 
 # the first, second and last of these come from Countdown and are part of this task
 __all__ = ["ASSISTANT_PREFIX", "SCORE", "Problem", "Settings", "grade", "load_problems", "question_text"]
@@ -33,7 +34,9 @@ class Settings(DataSettings):
 def load_problems(data: Settings) -> list[Problem]:
     """Three numbers up to 15 and a target each, the same ones every time."""
     if data.target_low > data.target_high:
-        raise UserError(f"data.target_low is {data.target_low}, more than data.target_high: {data.target_high}")
+        raise UserError(
+            f"data.target_low is {data.target_low}, more than data.target_high: {data.target_high}"
+        )
     rng = random.Random(0)
     numbers = [tuple(sorted(rng.randint(1, 15) for _ in range(3))) for _ in range(data.problems)]
     return [Problem(chosen, rng.randint(data.target_low, data.target_high)) for chosen in numbers]

@@ -1,10 +1,10 @@
 """How long a GRPO step should take: bytes, FLOPs and network, from 0.5B to 72B and from 1 to 1,024 cards.
 
-    PYTHONPATH=. python docs/cost_model.py            # the tables of docs/scaling.md
-    PYTHONPATH=. python docs/cost_model.py --check    # predicted beside measured, on this machine's CPU
+    python -m tools.cost_model            # the tables of docs/scaling.md
+    python -m tools.cost_model --check    # predicted against measured, on this machine's CPU
 
 Nothing in it is fitted to a GPU: it has data-sheet figures, and two utilisations that are guesses until a card has been
-measured (benchmark.py prints both).
+measured (tools/benchmark.py prints both).
 """
 
 import argparse
@@ -12,14 +12,14 @@ import math
 import sys
 import time
 from dataclasses import dataclass, replace
+from functools import cache
 from statistics import fmean, median
 
 import torch
 
-import benchmark
-from benchmark import SHAPES, Workload, copy_bandwidth, markdown, matmul_rate, shape_config
-from config import load_config
+from plumbing.config import load_config
 from qwen2_model import Qwen2, Qwen2Config
+from tools.benchmark import SHAPES, Workload, copy_bandwidth, markdown, matmul_rate, shape_config
 
 BANDWIDTH_UTILISATION, FLOP_UTILISATION = 0.6, 0.4  # guesses, of the data sheet
 ACTIVE = 0.6  # share of rows in groups with variance
@@ -75,6 +75,7 @@ class Step:
         return self.rollout + self.update + self.reduce
 
 
+@cache
 def parameters(shape: Qwen2Config) -> tuple[int, int]:
     """All of them, and those that a token's forward pass multiplies with: an untied embedding is only looked up."""
     with torch.device("meta"):
@@ -134,7 +135,7 @@ def dollars(steps: int, responses: int) -> str:
 
 # ---- Against measurements ----------------------------------------------------------------------------------------
 
-CHECKED = {  # hidden, inner, layers, heads, kv heads, tied, ids, as in benchmark.SHAPES
+CHECKED = {  # hidden, inner, layers, heads, kv heads, tied, ids, as in benchmark.py
     "10M": (256, 768, 12, 4, 2, True, 4096),
     "27M": (384, 1152, 14, 6, 2, True, 8192),
     "53M": (512, 1536, 16, 8, 2, True, 8192),
@@ -161,6 +162,7 @@ def calibrated(card: Card, shape: Qwen2Config, batch: Batch, rollout: float, upd
     """The card with the utilisations that make this case come out right."""
     for _ in range(20):  # each depends a little on the other
         step = predict(shape, card, 1, batch, checkpointing=False)
+        assert step
         flops, bandwidth = card.flop_utilisation, card.bandwidth_utilisation
         card = replace(card, flop_utilisation=flops * step.update / update)
         card = replace(card, bandwidth_utilisation=bandwidth * step.rollout / rollout)
@@ -171,7 +173,7 @@ def check() -> str:
     """Predicted over measured on one core of this machine, whose two utilisations come from BASE alone."""
     time.perf_counter = time.process_time  # other work on the machine does not count
     torch.set_num_threads(1)
-    benchmark.SHAPES |= CHECKED
+    SHAPES.update(CHECKED)
     host = torch.device("cpu")
     speeds = {"flops": matmul_rate(host), "bandwidth": copy_bandwidth(host)}
     card = Card(**speeds, memory=1e12, link=1e9, network=1e9, dollars=0.0, weight_bytes=4)
@@ -182,6 +184,7 @@ def check() -> str:
         if (size, batch) == BASE:
             card = calibrated(card, shape_config(size), found, *seconds)
         step = predict(shape_config(size), card, 1, found, checkpointing=False)
+        assert step
         pairs = list(zip((step.rollout, step.update), seconds, strict=True))
         if (size, batch) != BASE:
             errors += [abs(math.log(guess / seconds)) for guess, seconds in pairs]
@@ -196,15 +199,19 @@ def check() -> str:
     return f"{markdown(head, rows)}\n\n{used}; error {typical:.0%} in the median, {worst:.0%} at most"
 
 
-if __name__ == "__main__":
-    parser = argparse.ArgumentParser()
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="tools.cost_model", description="Seconds and dollars of a step, predicted.")
     parser.add_argument("--responses", type=int, default=256, help="per step")
     parser.add_argument("--steps", type=int, default=400, help="to a success of 60 %%: a guess")
     parser.add_argument("--check", action="store_true", help="against this machine's CPU (five minutes)")
-    options = parser.parse_args()
+    options = parser.parse_args(argv)
     if options.check:
         print(check())
     else:
         for card in CARDS:
             print(table(card, (1, 4, 8, 64, 256, 1024), options.responses), "\n")
         print(dollars(options.steps, options.responses))
+
+
+if __name__ == "__main__":
+    main()

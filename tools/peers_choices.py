@@ -1,6 +1,6 @@
 """The demo with a choice of other trainers in place of ours, to see what each of ours is worth.
 
-    python tests/peers_choices.py plain_bf16 --config config_tiny.yml --name plain-1 model.dtype=bfloat16 train.seed=1
+    python -m tools.peers_choices plain_bf16 --config config_tiny.yml --name plain-1 model.dtype=bfloat16 train.seed=1
 
 ours           no change, for the same clock
 plain_bf16     torch's own AdamW on bf16 weights, gradients and moments, each rounded to nearest
@@ -8,36 +8,38 @@ every_row      zero-variance groups go through the update too
 finished_rows  responses that have ended stay in the batch until the last one ends
 
 What follows the choice goes to train.py. The seconds in the metrics are CPU time: with train.threads=1 those of a quiet
-machine, whatever else is running. A run of plain_bf16 cannot be resumed: its moments are not in its checkpoints. LOG.md
-has the tables, and this draws docs/peers.png from the runs NAME-1 and NAME-2 of each choice NAME in a folder:
+machine, whatever else is running. A run of plain_bf16 cannot be resumed: its moments are not in its checkpoints.
+docs/log.md has the tables, and this draws docs/peers.png from the runs NAME-1 and NAME-2 of each choice NAME in a
+folder:
 
-    python tests/peers_choices.py draw runs
+    python -m tools.peers_choices draw runs
 """
 
-import sys
+import argparse
 import time
 from collections.abc import Iterable
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from matplotlib.figure import Figure
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
-import run
 import train
-from benchmark import wait_for_all
 from data_types import Episode, TrainSettings
 from optimizer import AdamW
 from plot import read_run
+from plumbing import run
+from plumbing.terminal import exit_status, run_program
 from rollout import Decoder
+from tools.benchmark import wait_for_all
 
 
 class PlainAdamW(AdamW):
     """Weights, gradients and moments in the dtype of the weights."""
 
-    def __init__(self, parameters: Iterable[torch.nn.Parameter], settings: TrainSettings) -> None:
-        super().__init__(parameters, settings)
+    def __init__(self, parameters: Iterable[torch.nn.Parameter], settings: TrainSettings, dtype: torch.dtype) -> None:
+        super().__init__(parameters, settings, dtype)
         for parameter in self.parameters:
             parameter.grad_dtype = parameter.dtype
         betas = settings.beta1, settings.beta2
@@ -47,22 +49,6 @@ class PlainAdamW(AdamW):
         self.steps += 1
         self.plain.param_groups[0]["lr"] = self.learning_rate
         self.plain.step()
-
-
-def ours() -> None:
-    pass
-
-
-def plain_bf16() -> None:
-    run.AdamW = PlainAdamW
-
-
-def every_row() -> None:
-    Episode.active = property(lambda episode: episode.token_weight != 0.0)
-
-
-def finished_rows() -> None:
-    Decoder.drop_finished = wait_for_all
 
 
 def draw(folder: str) -> None:
@@ -83,11 +69,26 @@ def draw(folder: str) -> None:
     figure.savefig("docs/peers.png", dpi=110)
 
 
-CHOICES = {choice.__name__: choice for choice in (ours, plain_bf16, every_row, finished_rows)}
+CHOICES: dict[str, list[tuple[Any, str, Any]]] = {  # what is replaced: of which object, its name, by what
+    "ours": [],
+    "plain_bf16": [(run, "AdamW", PlainAdamW)],
+    "every_row": [(Episode, "active", property(lambda episode: episode.token_weight != 0.0))],
+    "finished_rows": [(Decoder, "compact", wait_for_all)],
+}
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="tools.peers_choices", description="The demo with another trainer's choice.")
+    parser.add_argument("choice", choices=[*CHOICES, "draw"])
+    parser.add_argument("words", nargs=argparse.REMAINDER, help="for train.py; for draw, the folder of the runs")
+    arguments = parser.parse_args(argv)
+    if arguments.choice == "draw":
+        return exit_status("tools.peers_choices", partial(draw, *arguments.words))
+    for target, name, value in CHOICES[arguments.choice]:
+        setattr(target, name, value)
+    time.perf_counter = time.process_time
+    return train.main(arguments.words)
+
 
 if __name__ == "__main__":
-    if sys.argv[1] == "draw":
-        sys.exit(draw(sys.argv[2]))
-    CHOICES[sys.argv[1]]()
-    time.perf_counter = time.process_time
-    sys.exit(train.main(sys.argv[2:]))
+    run_program(main)

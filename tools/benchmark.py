@@ -1,16 +1,16 @@
-"""How fast the sampler and the update are, beside the hardware's limits and beside the obvious way to do the same.
+"""How fast the sampler and the update are, compared with the hardware's limits and with the obvious way to do the same.
 
-    python benchmark.py --config config_tiny.yml                    # the sampler, beside transformers
-    python benchmark.py --config config_tiny.yml --ablate           # and with each idea of rollout.py switched off
-    python benchmark.py --config config_tiny.yml --update --ablate  # the update, beside the plain formula
-    python benchmark.py --config config.yml --shape 3B --everything --json benchmarks/my_card.json  # all about a GPU
-    python benchmark.py --config config_tiny.yml --peers --grpo-zero ../GRPO-Zero  # a step beside TRL's and GRPO-Zero's
-    python benchmark.py --config config.yml --shape 3B --plan 48    # the memory plan for a card of 48 GB; nothing runs
-    python benchmark.py --config config.yml --fits                  # which sizes fit on which cards
-    python benchmark.py --table benchmarks                          # the cards measured so far
+    python -m tools.benchmark --config config_tiny.yml                    # the sampler, compared with transformers
+    python -m tools.benchmark --config config_tiny.yml --ablate           # and with each idea of rollout.py left out
+    python -m tools.benchmark --config config_tiny.yml --update --ablate  # the update, compared with the plain formula
+    python -m tools.benchmark --config config.yml --shape 3B --everything --json benchmarks/my_card.json  # a GPU
+    python -m tools.benchmark --config config_tiny.yml --peers --grpo-zero ../GRPO-Zero  # a step of TRL and GRPO-Zero
+    python -m tools.benchmark --config config.yml --shape 3B --plan 48    # the memory plan for 48 GB; nothing runs
+    python -m tools.benchmark --config config.yml --fits                  # which sizes fit on which cards
+    python -m tools.benchmark --table benchmarks                          # the cards measured so far
 
-Variants that are compared run in turns within one process, and each figure is the median over the rounds (three; with
---everything one): on a shared machine only ratios from one run mean anything. With --shape nothing is downloaded:
+Variants that are compared run interleaved within one process, and each figure is the median over the rounds (three;
+with --everything one): on a shared machine only ratios from one run mean anything. With --shape nothing is downloaded:
 weights are random, and because random weights never end a response, lengths are forced: log-normal with mean 331, up to
 rollout.max_new_tokens. A quarter of the groups then have zero variance.
 
@@ -34,7 +34,7 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import redirect_stdout
 from dataclasses import asdict, fields, replace
-from functools import cached_property, partial
+from functools import cached_property, lru_cache, partial
 from io import StringIO
 from pathlib import Path
 from types import SimpleNamespace
@@ -49,17 +49,18 @@ from torch.nn.utils.rnn import pad_sequence
 
 import grpo
 import rollout
-from config import load_config
-from data_types import Config, Episode, Sampling, TrainSettings, UserError
-from files import read_json, write_text, writing
+from data_types import Config, Episode
 from grpo import accumulate_gradient, apply_gradient, assign_advantages, assign_token_weights
-from memory import GIB, advice, out_of_memory, plan_memory
-from model_folder import find_folder, read_model_config
 from optimizer import AdamW
+from plumbing.config import load_config
+from plumbing.files import read_json, write_text
+from plumbing.memory import GIB, Limit, plan_memory
+from plumbing.model_folder import find_folder, read_model_config
+from plumbing.run import find_device, set_up
+from plumbing.tasks import grade, problem_order
+from plumbing.terminal import UserError, exit_status, out_of_memory, run_program, say
 from qwen2_model import Qwen2, Qwen2Config, wide_matmul
-from rollout import Decoder, GraphedSteps, KVCache, Response, Sampler, round_up, warp
-from run import Agent, find_device
-from task import grade, load_task, problem_order
+from rollout import Decoder, GraphedSteps, KVCache, Response, Sampler, round_up, tempered
 from tokenizer import Tokenizer
 
 Figures = dict[str, Any]  # as they go to the JSON
@@ -120,7 +121,7 @@ def attempt(run: Callable[[], Any]) -> Any:
     return reason
 
 
-def take_turns(variants: dict[str, Run], rounds: int, device: torch.device) -> Figures:
+def interleaved(variants: dict[str, Run], rounds: int, device: torch.device) -> Figures:
     """Run every variant once per round, after a first round that is not counted, and take medians.
 
     `times_slower` compares with the variant "ours". Where a rival does not fit, its figures are the reason.
@@ -183,36 +184,42 @@ class Workload:
 
     def __init__(self, config: Config, size: str | None) -> None:
         self.config, self.device = config, find_device(config.model.device)
-        torch.set_num_threads(config.train.threads or min(os.cpu_count() or 1, 8))
         available = torch.cuda.mem_get_info(self.device)[0] if self.device.type == "cuda" else math.inf
-        dtype, generator = getattr(torch, config.model.dtype), torch.Generator().manual_seed(0)
+        generator = torch.Generator().manual_seed(0)
         questions, limit = config.rollout.questions_per_step, config.rollout.max_new_tokens
         self.uniforms = torch.rand(questions * config.rollout.group_size, limit, generator=generator)
         self.tokenizer: Tokenizer | None = None
-        self.task = load_task(config.data.task)
         if size:
+            torch.set_num_threads(config.train.threads or min(os.cpu_count() or 1, 8))
             self.problems: list[Any] = [None] * questions
             self.prompts = [[i % 100] * (140 + i % 8) for i in range(questions)]
-            self.policy = random_model(shape_config(size), self.device, dtype)
+            policy = random_model(shape_config(size), self.device, getattr(torch, config.model.dtype))
             normal = torch.randn(len(self.uniforms), 1, generator=generator)
             lengths = (normal * 0.8 + math.log(331) - 0.8**2 / 2).exp().clamp(1, limit)  # (rows, 1), log-normal
             self.uniforms = self.uniforms.clamp(min=1e-6) * (torch.arange(1, limit + 1) <= lengths)
+            no_text: Any = SimpleNamespace(end_ids=[])  # stands in for the tokenizer, and for the task
+            self.sampler = Sampler(policy, no_text, no_text, limit, Limit("rows at a time", len(self.uniforms)))
         else:
-            agent = Agent(config, find_folder(config.model))
-            agent.load(max_rows=0)
-            order = problem_order(len(agent.training), config.train.seed, 0)[:questions]  # the run's first step
-            self.problems = [agent.training[i] for i in order]
-            self.prompts = [agent.encode_prompt(problem) for problem in self.problems]
-            self.tokenizer, self.policy = agent.tokenizer, agent.policy
+            agent = set_up(config, find_folder(config.model), max_rows=len(self.uniforms))
+            order = problem_order(len(agent.training), config.train.seed, 0, questions)  # the run's first step
+            self.problems, self.sampler = [agent.training[i] for i in order], agent.sampler
+            self.prompts = [self.sampler.encode_prompt(problem) for problem in self.problems]
+            self.tokenizer = self.sampler.tokenizer
+        self.policy = self.sampler.policy
         self.policy.checkpoint_layers = config.train.activation_checkpointing
         config = replace(config, data=replace(config.data, held_out=1))  # more rows than a step's are not sampled here
         self.plan = plan_memory(config, self.policy.config, max(map(len, self.prompts)), available)
-        self.sampler = Sampler(self.policy, self.tokenizer.end_ids if self.tokenizer else [])
         self.optimizer_seconds: list[float] = []  # of each update
 
     def sample(self) -> list[Response]:
+        """The step's responses, in waves as the plan has them."""
+        group, temperature = len(self.uniforms) // len(self.prompts), self.config.rollout.temperature
+        responses: list[Response] = []
         with patch.object(rollout, "Decoder", Decoder if self.tokenizer else ForcedDecoder):
-            return self.sampler.generate(self.prompts, self.uniforms, self.config.rollout.sampling, self.plan.rows)
+            while len(responses) < len(self.uniforms):
+                prompts, uniforms = self.prompts[len(responses) // group :], self.uniforms[len(responses) :]
+                responses += self.sampler.generate(self.policy, prompts, uniforms, temperature, self.plan.rows)
+        return responses
 
     def count_sampled(self) -> int:
         return sum(len(response.ids) for response in self.sample())
@@ -223,17 +230,18 @@ class Workload:
         for row, response in enumerate(responses):
             truncated, group = response.truncated, row // self.config.rollout.group_size
             problem, prompt = self.problems[group], self.prompts[group]
-            text = self.tokenizer.decode(response.text_ids) if self.tokenizer else ""
+            text_ids = response.ids if truncated else response.ids[:-1]
+            text = self.tokenizer.decode(text_ids) if self.tokenizer else ""
             episode = Episode(problem, prompt, response.ids, response.logprobs, truncated, text)
             right = {"format": 0.1, "correct": float(row % 2 and group % 4 != 3)}
-            episode.rewards = grade(self.task, episode) if self.tokenizer else right
+            episode.rewards = grade(self.sampler.task, episode) if self.tokenizer else right
             episodes.append(episode)
         assign_advantages(episodes, self.config)
         assign_token_weights(episodes, self.config)
         return episodes
 
     def reward(self, problem: Any, text: str, truncated: bool) -> float:
-        return sum(grade(self.task, Episode(problem, [], [], [], truncated, text)).values())
+        return sum(grade(self.sampler.task, Episode(problem, [], [], [], truncated, text)).values())
 
     @cached_property
     def episodes(self) -> list[Episode]:
@@ -248,7 +256,7 @@ class Workload:
         return active
 
     def make_optimizer(self, mode: str = "") -> AdamW:
-        """With a learning rate of zero a step does all its work, and every turn finds the same weights."""
+        """With a learning rate of zero a step does all its work, and every run finds the same weights."""
         assert self.active  # sampled before the optimizer takes its memory
         self.policy.zero_grad(set_to_none=True)  # left behind by an update that did not fit
         train = self.config.train
@@ -259,7 +267,7 @@ class Workload:
     def update(self, optimizer: AdamW, gradient: Callable[..., object] = accumulate_gradient) -> int:
         """Gradient and optimizer step of the batch, as in train.py or with another way to the same gradient."""
         train = self.config.train
-        gradient(self.policy, self.episodes, self.config.rollout.sampling, train, train.tokens_per_microbatch)
+        gradient(self.policy, self.episodes, self.config, train.tokens_per_microbatch)
         step = partial(apply_gradient, self.policy, optimizer, train.max_grad_norm)
         self.optimizer_seconds.append(timed(step, self.device))
         return sum(episode.length for episode in self.active)
@@ -304,7 +312,7 @@ def mask_whole(cache: KVCache, rows: int, columns: int, mask_columns: Callable =
 
 
 def wait_for_all(decoder: Decoder) -> None:
-    """Instead of Decoder.drop_finished: rows stay until all have ended."""
+    """Instead of Decoder.compact: rows stay until all have ended."""
     decoder.active *= int(decoder.alive.any())
 
 
@@ -312,7 +320,7 @@ def sampler_ablations(work: Workload) -> dict[str, Run]:
     """The sampler with one idea less each, and without any."""
     ideas: dict[str, tuple[Any, str, Any]] = {
         "each row prefills its own prompt": (work, "prompts", repeated_prompts(work)),
-        "rows stay until all have ended": (Decoder, "drop_finished", wait_for_all),
+        "rows stay until all have ended": (Decoder, "compact", wait_for_all),
         "K and V repeated per query head": (KVCache, "attend_new", attend_repeated),
         "attention over the whole cache": (KVCache, "mask_columns", mask_whole),
     }
@@ -329,18 +337,24 @@ def transformers_sampler(work: Workload) -> Run:
     """transformers generate with the same weights, prompts and group: left padding, its own KV cache."""
     from transformers import AutoModelForCausalLM, GenerationConfig
 
-    ends, settings, prompts = work.sampler.end_ids, work.config.rollout, repeated_prompts(work)
+    assert work.tokenizer
+    ends, settings, prompts = work.tokenizer.end_ids, work.config.rollout, repeated_prompts(work)
     theirs: Any = AutoModelForCausalLM.from_pretrained(find_folder(work.config.model))
     theirs.to(device=work.device, dtype=work.policy.head.dtype)
-    # instead of the model's own temperature and penalties
-    theirs.generation_config = GenerationConfig(**asdict(settings.sampling), eos_token_id=ends, pad_token_id=ends[0])
+    how = {
+        "do_sample": True,
+        "temperature": settings.temperature,
+        "top_k": 0,
+        "top_p": 1.0,
+    }  # instead of the model's own
+    theirs.generation_config = GenerationConfig(**how, eos_token_id=ends, pad_token_id=ends[0])
     limit, width = settings.max_new_tokens, max(map(len, prompts))
     tokens = torch.tensor([[0] * (width - len(prompt)) + prompt for prompt in prompts], device=work.device)
     mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=work.device)
 
     def run() -> int:
         torch.manual_seed(0)
-        out = theirs.generate(tokens, attention_mask=mask, do_sample=True, max_new_tokens=limit)[:, width:]
+        out = theirs.generate(tokens, attention_mask=mask, max_new_tokens=limit)[:, width:]
         is_end = torch.isin(out, torch.tensor(ends, device=work.device))
         return int((is_end.cumsum(dim=1) - is_end.long() == 0).sum())  # tokens with no end token before them
 
@@ -360,12 +374,12 @@ def bytes_to_move(policy: Qwen2, episodes: Sequence[Episode]) -> int:
 
 
 def sampling(work: Workload, options: argparse.Namespace) -> Figures:
-    """A rollout in tokens/s and bandwidth, beside its rivals."""
+    """A rollout in tokens/s and bandwidth, compared with its rivals."""
     variants = {"ours": work.count_sampled}
     if work.tokenizer and not options.parts and not options.no_transformers:
         variants["transformers"] = transformers_sampler(work)
     variants |= sampler_ablations(work) if options.ablate else {}
-    figures = take_turns(variants, options.rounds, work.device)
+    figures = interleaved(variants, options.rounds, work.device)
     lengths, bandwidth = [len(episode.response_ids) for episode in work.episodes], copy_bandwidth(work.device)
     moved = bytes_to_move(work.policy, work.episodes) / figures["ours"]["seconds"]
     figures |= {"rows": len(lengths), "mean_length": statistics.mean(lengths), "longest": max(lengths)}
@@ -375,9 +389,7 @@ def sampling(work: Workload, options: argparse.Namespace) -> Figures:
 # ---- The update and its rivals -------------------------------------------------------------------------------------
 
 
-def naive_gradient(
-    policy: Qwen2, episodes: Sequence[Episode], sampling: Sampling, settings: TrainSettings, tokens_per_microbatch: int
-) -> None:
+def naive_gradient(policy: Qwen2, episodes: Sequence[Episode], config: Config, tokens_at_a_time: int) -> None:
     """The gradient of grpo.accumulate_gradient, computed the obvious way.
 
     All rows run, in the order sampled, padded to the longest of the batch, with the logits of every position at once.
@@ -389,19 +401,19 @@ def naive_gradient(
         before, weights = [0.0] * len(e.prompt_ids), [e.token_weight] * len(e.response_ids)
         rows.append((e.prompt_ids + e.response_ids, before + e.old_logprobs, before + weights, [e.advantage]))
     columns = [pad_sequence([*map(torch.tensor, column)], batch_first=True) for column in zip(*rows, strict=True)]
-    at_once = max(1, tokens_per_microbatch // columns[0].shape[1])
+    at_once = max(1, tokens_at_a_time // columns[0].shape[1])
     batches = [column.to(policy.head.device).split(at_once) for column in columns]
     for tokens, old_logprobs, token_weight, advantage in zip(*batches, strict=True):  # (B, T), advantage (B, 1)
         targets = tokens[:, 1:].flatten()  # (B * (T-1),)
         logits = policy.logits(policy(tokens)[:, :-1].flatten(0, 1))  # (B * (T-1), V)
-        logprobs = warp(logits, sampling, keep=targets).log_softmax(dim=-1).gather(-1, targets[:, None])
-        objective = grpo.objective(logprobs.view(len(tokens), -1), old_logprobs[:, 1:], advantage, settings)
+        logprobs = tempered(logits, config.rollout.temperature).log_softmax(dim=-1).gather(-1, targets[:, None])
+        objective = grpo.objective(logprobs.view(len(tokens), -1), old_logprobs[:, 1:], advantage, config.train)
         (-(token_weight[:, 1:] * objective).sum()).backward()
 
 
-def sampled_order(lengths: Sequence[int], budget: int) -> list[list[int]]:
+def sampled_order(work: Workload, episodes: Sequence[Episode], budget: int) -> list[list[Episode]]:
     """Instead of grpo.micro_batches: rows in the order sampled, as many at a time as fit if all were the longest."""
-    rows, at_once = list(range(len(lengths))), max(1, budget // max(lengths))
+    rows, at_once = [e for e in work.episodes if e.active], max(1, budget // episodes[0].length)
     return [rows[first : first + at_once] for first in range(0, len(rows), at_once)]
 
 
@@ -411,7 +423,7 @@ def update_ablations(work: Workload, run: Run) -> dict[str, Run]:
     all_active = [replace(episode, advantage=episode.advantage or 1e-10) for episode in work.episodes]
     return {
         "inactive rows run too": without(run, (work, "episodes", all_active)),
-        "rows in sampled order": without(run, (grpo, "micro_batches", sampled_order)),
+        "rows in sampled order": without(run, (grpo, "micro_batches", partial(sampled_order, work))),
         "padding without bound": without(run, (grpo, "MAX_PADDING", 1.0)),
         "logits of a micro-batch at once": without(run, (grpo, "CHUNK_TOKENS", 10**9)),
     }
@@ -432,7 +444,7 @@ def useful_flops(policy: Qwen2, episodes: Sequence[Episode]) -> float:
 
 
 def update(work: Workload, options: argparse.Namespace) -> Figures:
-    """The update beside its rivals; with --everything instead in every mode of the optimizer."""
+    """The update compared with its rivals; with --everything instead in every mode of the optimizer."""
     modes = [work.config.train.optimizer]
     if options.parts:  # split is for bf16 weights only
         modes = ["master", *["split"] * (work.config.model.dtype == "bfloat16"), "offload"]
@@ -445,12 +457,13 @@ def update_in_mode(work: Workload, mode: str, options: argparse.Namespace) -> Fi
     variants |= {} if options.parts else {"naive": partial(run, naive_gradient)}
     variants |= update_ablations(work, run) if options.ablate else {}
     work.optimizer_seconds.clear()
-    figures = take_turns(variants, options.rounds, work.device)
-    seconds, rate, lengths = figures["ours"]["seconds"], matmul_rate(work.device), [e.length for e in work.active]
-    flops = useful_flops(work.policy, work.active) / seconds  # per second
-    batches = grpo.micro_batches(lengths, work.config.train.tokens_per_microbatch)
-    area = sum(len(rows) * lengths[rows[0]] for rows in batches)
-    figures |= {"rows": len(work.episodes), "active_rows": len(lengths), "padding_share": 1 - sum(lengths) / area}
+    figures = interleaved(variants, options.rounds, work.device)
+    seconds, rate, active = figures["ours"]["seconds"], matmul_rate(work.device), work.active
+    flops = useful_flops(work.policy, active) / seconds  # per second
+    longest_first = sorted(active, key=lambda episode: -episode.length)
+    batches = grpo.micro_batches(longest_first, work.config.train.tokens_per_microbatch)
+    padding = 1 - sum(e.length for e in active) / sum(len(batch) * batch[0].length for batch in batches)
+    figures |= {"rows": len(work.episodes), "active_rows": len(active), "padding_share": padding}
     figures |= {"optimizer_share": statistics.median(work.optimizer_seconds) / seconds}
     figures |= {"matmul_tflop_per_second": rate / 1e12, "flop_utilisation": flops / rate}
     sheet = [peak for card, peak in DATA_SHEETS.items() if card in device_name(work.device).replace("-", " ").split()]
@@ -506,7 +519,7 @@ def decode(work: Workload, options: argparse.Namespace) -> Figures:
 def decode_step(work: Workload, rows: int, columns: int) -> Figures:
     cache = KVCache(work.policy, [columns - 32], rows, 32)  # room for 32 steps
     uniforms = torch.rand(rows, 32, device=work.device)
-    decoder = Decoder(work.policy, cache, uniforms, [], work.config.rollout.sampling)
+    decoder = Decoder(work.policy, cache, uniforms, [], work.config.rollout.temperature)
     figures = {"launched_seconds": median_seconds(partial(decoder.step, rows, columns), work.device)}
     if work.sampler.graphs:
         step = partial(GraphedSteps(decoder).step, rows, columns)
@@ -517,7 +530,7 @@ def decode_step(work: Workload, rows: int, columns: int) -> Figures:
 
 
 def memory(work: Workload, options: argparse.Namespace) -> Figures:
-    """Peak GiB of sampling and of the update on CUDA, beside the plan."""
+    """Peak GiB of sampling and of the update on CUDA, compared with the plan."""
     phases: dict[str, Run] = {"sampling": work.count_sampled, "update": partial(work.update, work.make_optimizer())}
     figures: Figures = {}
     for (name, run), planned in zip(phases.items(), work.plan.peaks, strict=True):
@@ -537,14 +550,14 @@ def step(work: Workload, options: argparse.Namespace) -> Figures:
 
 
 def peers(work: Workload, options: argparse.Namespace) -> Figures:
-    """A whole step beside those of TRL's GRPOTrainer and GRPO-Zero, in turns.
+    """A whole step compared with those of TRL's GRPOTrainer and GRPO-Zero, interleaved.
 
     All have the same weights, prompts, group size, length limit and reward.
     """
     from transformers import TrainerCallback
 
-    if not work.tokenizer or work.config.rollout.sampling != Sampling():
-        raise UserError("--peers needs a model with a tokenizer, temperature 1 and neither top-k nor top-p")
+    if not work.tokenizer or work.config.rollout.temperature != 1:
+        raise UserError("--peers needs a model with a tokenizer, and rollout.temperature 1")
     decode, ends = work.tokenizer.decode, work.tokenizer.end_ids
     lengths = {"trl": [0] * 0}
     runs: dict[str, Callable[[], list[int]]] = {"ours": partial(work.whole_step, work.make_optimizer())}
@@ -563,7 +576,7 @@ def peers(work: Workload, options: argparse.Namespace) -> Figures:
         lengths["trl"] += map(len, completion_ids)
         return rewards
 
-    class Turns(TrainerCallback):
+    class Interleave(TrainerCallback):
         def on_step_begin(self, *others: object, **more: object) -> None:
             self.began = time.perf_counter()
 
@@ -575,7 +588,7 @@ def peers(work: Workload, options: argparse.Namespace) -> Figures:
             for name, run in runs.items():
                 seconds[name].append(timed(partial(keep_lengths, name, run), work.device))
 
-    train_with_trl(work, options.rounds + 1, reward, Turns())
+    train_with_trl(work, options.rounds + 1, reward, Interleave())
     medians = {name: statistics.median(times[1:]) for name, times in seconds.items()}  # the first warms up
     slower = {name: value / medians["ours"] for name, value in medians.items() if name != "ours"}
     spread = {name: {"mean": statistics.mean(counts), "longest": max(counts)} for name, counts in lengths.items()}
@@ -663,16 +676,16 @@ def measure(config: Config, options: argparse.Namespace) -> None:
     about["config"] = {"dtype": config.model.dtype, **asdict(config.rollout), **asdict(config.train)}
     before = read_json(options.json) if options.json and options.json.exists() else {}
     parts = before["parts"] if about.items() <= before.items() else {}
-    print(f"{about['device']}, torch {torch.__version__}, {torch.get_num_threads()} threads")
+    say(f"{about['device']}, torch {torch.__version__}, {torch.get_num_threads()} threads")
     chosen = options.parts or ("update" if options.update else "sampling")
     for part in PARTS if chosen == "all" else [part for part in [*PARTS, peers] if chosen == part.__name__]:
         possible = work.device.type == "cuda" or part not in NEED_CUDA
         figures = rounded(attempt(partial(part, work, options)) if possible else {"left out": "needs CUDA"})
         parts |= {part.__name__: figures}
-        print(yaml.safe_dump({part.__name__: figures}, sort_keys=False, default_flow_style=None, width=120), flush=True)
+        say(yaml.safe_dump({part.__name__: figures}, sort_keys=False, default_flow_style=None, width=120))
         if options.json:
-            with writing(options.json.parent):
-                write_text(options.json, json.dumps(about | {"parts": parts}, indent=2) + "\n")
+            options.json.parent.mkdir(parents=True, exist_ok=True)
+            write_text(options.json, json.dumps(about | {"parts": parts}, indent=2) + "\n")
 
 
 def rounded(figures: Any) -> Any:
@@ -707,7 +720,8 @@ def markdown(head: list[str], rows: list[list[str]]) -> str:
 
 def fits_table(base: Config, ranks: int, cards: Sequence[int] = (12, 24, 48, 80)) -> str:
     """A markdown table of sizes and cards (GB), with the fastest settings whose plan fits; sharded on several cards."""
-    rows = [[size, *(fastest_that_fits(base, size, card, ranks) for card in cards)] for size in SHAPES]
+    with patch("plumbing.memory.Qwen2", lru_cache(Qwen2)):  # to count its weights, a size is built once
+        rows = [[size, *(fastest_that_fits(base, size, card, ranks) for card in cards)] for size in SHAPES]
     return markdown(["", *(f"{card} GB" for card in cards)], rows)
 
 
@@ -723,16 +737,19 @@ def fastest_that_fits(base: Config, size: str, card: int, ranks: int) -> str:
     return "does not fit"
 
 
-def print_plan(config: Config, size: str | None, available: float) -> None:
+def plan_table(config: Config, size: str | None, available: float) -> str:
+    """The plan in words, one line per purpose, in GiB."""
     shape = shape_config(size) if size else read_model_config(find_folder(config.model))
     plan = plan_memory(config, shape, PROMPT_TOKENS, available)
-    print(plan.table(available))
-    if max(plan.peaks) > available:
-        print(f"does not fit: {advice(config, plan)}")
+    parts, (sampling, update) = plan.always | plan.sampling | plan.update, (peak / GIB for peak in plan.peaks)
+    lines = [f"  {name:44s} {size / GIB:8.2f}" for name, size in parts.items()]
+    peaks = f"  peak: {sampling:.2f} while sampling, {update:.2f} in the update, of {available / GIB:.2f}"
+    verdict = "fits" if max(plan.peaks) <= available else "does not fit"
+    return "\n".join(["memory plan (GiB):", *lines, peaks, verdict])
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Measure the sampler and the update beside the hardware's limits.")
+    parser = argparse.ArgumentParser(prog="tools.benchmark", description="Measure the sampler and the update.")
     # options.parts: "all" or a name with --everything or --part, which leave the rivals out; otherwise None
     parser.add_argument("--config", default="config_tiny.yml", help="a YAML file; default: config_tiny.yml")
     parser.add_argument("--shape", choices=SHAPES, help="random weights of this size, forced response lengths")
@@ -741,14 +758,14 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     what.add_argument("--everything", dest="parts", action="store_const", const="all", help="measure all parts")
     what.add_argument("--part", dest="parts", choices=NAMES, help="measure only this part of --everything")
     what.add_argument(
-        "--peers", dest="parts", action="store_const", const="peers", help="a step beside TRL's and GRPO-Zero's"
+        "--peers", dest="parts", action="store_const", const="peers", help="a step compared with TRL's and GRPO-Zero's"
     )
     what.add_argument("--plan", type=float, metavar="GB", help="print the memory plan for a card of this size")
     what.add_argument("--fits", action="store_true", help="print which sizes fit on which cards")
     what.add_argument("--table", type=Path, metavar="FOLDER", help="print a table of the JSON files in a folder")
     parser.add_argument("--grpo-zero", type=Path, metavar="CLONE", help="for --peers: a clone of its repository")
     parser.add_argument("--ranks", type=int, default=1, help="with --fits: on so many cards together")
-    parser.add_argument("--ablate", action="store_true", help="switch each idea off in turn")
+    parser.add_argument("--ablate", action="store_true", help="leave each idea out, one at a time")
     parser.add_argument("--no-transformers", action="store_true", help="leave transformers out")
     parser.add_argument("--rounds", type=int, help="runs per variant; default: 3, with --everything 1")
     parser.add_argument("--json", type=Path, help="write the figures to this file, after each part")
@@ -762,21 +779,20 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def main(argv: Sequence[str] | None = None) -> int:
     options = parse_arguments(argv)
-    try:
+
+    def work() -> None:
         config = load_config(options.config, options.overrides)
         if options.table:
-            print(card_table(options.table))
+            say(card_table(options.table))
         elif options.fits:
-            print(fits_table(config, options.ranks))
+            say(fits_table(config, options.ranks))
         elif options.plan:
-            print_plan(config, options.shape, options.plan * USABLE)
+            say(plan_table(config, options.shape, options.plan * USABLE))
         else:
             measure(config, options)
-    except UserError as error:
-        print(f"benchmark.py: {error}", file=sys.stderr)
-        return 2
-    return 0
+
+    return exit_status("tools.benchmark", work)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_program(main)

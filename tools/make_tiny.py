@@ -16,7 +16,8 @@ There are two lessons. In the first the traces are patient and try at random: he
 checking and not to repeat a try. (A trace that soon hits would teach it to write whatever number makes it hit.) In the
 second they are impatient, and choose better.
 
-    python make_tiny.py --out tiny                        # writes tiny/ again; the same bits on the same machine
+    python -m tools.make_tiny --out tiny                            # writes tiny/ again; same machine, same bits
+    python -m tools.make_tiny --examine tiny runs/NAME/final        # how models think, read from their traces
 
 Held-out problems never enter a trace; tiny/sft_problems.parquet lists those that did.
 """
@@ -25,6 +26,7 @@ import argparse
 import itertools
 import json
 import random
+import re
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -45,11 +47,13 @@ from tokenizers import (
     trainers,
 )
 
-from countdown_task import ASSISTANT_PREFIX, MAX_NUMBER, Problem, question_text
-from files import write_json
-from model_folder import CONFIG, save_model
+import evaluate
+from countdown_task import ASSISTANT_PREFIX, MAX_NUMBER, Problem, Settings, question_text
+from plumbing.files import write_json
+from plumbing.model_folder import CONFIG, save_model
+from plumbing.tasks import load_task, split_problems
+from plumbing.terminal import exit_status, run_program, say
 from qwen2_model import Qwen2, Qwen2Config
-from task import load_task, split_problems
 from tokenizer import Tokenizer
 
 HELD_OUT = 512
@@ -110,7 +114,7 @@ class Lesson:
 
 @dataclass(frozen=True)
 class Recipe:
-    """Every choice that shapes the model; found by the experiments in LOG.md."""
+    """Every choice that shapes the model; found by the experiments in docs/log.md."""
 
     seed: int = 0
     learning_rate: float = 2.5e-3
@@ -333,7 +337,7 @@ def teach(model: Qwen2, tokenizer: Tokenizer, problems: list[Problem], recipe: R
             optimizer.step()
             optimizer.zero_grad()
             if step % 100 == 0:
-                print(f"step {step}/{total}  loss {loss.item():.4f}  {time.perf_counter() - began:.0f}s", flush=True)
+                say(f"step {step}/{total}  loss {loss.item():.4f}  {time.perf_counter() - began:.0f}s")
 
 
 def write_problems(problems: list[Problem], path: Path) -> None:
@@ -342,22 +346,77 @@ def write_problems(problems: list[Problem], path: Path) -> None:
     pandas.DataFrame(columns).to_parquet(path, index=False)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description="Make the tiny model; takes 45 minutes on one core.")
-    parser.add_argument("--out", type=Path, required=True, help="the folder to write, such as tiny")
-    out = parser.parse_args().out
+def make(out: Path) -> None:
+    """Write the model, and the problems, to the folder `out`."""
     recipe = Recipe()
     torch.set_num_threads(recipe.threads)
-    problems = generate_problems(count=3, low=1, high=15, target_low=10, target_high=100)
-    training, _ = split_problems(load_task("countdown"), problems, HELD_OUT)
     out.mkdir(parents=True, exist_ok=True)
+    problems = generate_problems(count=3, low=1, high=15, target_low=10, target_high=100)
+    write_problems(problems, out / "problems.parquet")
+    training, _ = split_problems(
+        load_task("countdown"), Settings(path=str(out / "problems.parquet"), held_out=HELD_OUT)
+    )
     tokenizer = write_tokenizer(training, recipe, out)
     model = new_model(len(tokenizer), recipe.seed)
     teach(model, tokenizer, training, recipe)
     save_model(model, {CONFIG: json.dumps(config_json(model, tokenizer)).encode()}, out)
-    write_problems(problems, out / "problems.parquet")
     write_problems(training, out / "sft_problems.parquet")
 
 
+# ------------------------------------------------------------------------------------ reading traces back
+
+TRY = re.compile(r"N([-+*/])N=N, N([-+*/])N=N (yes|no)".replace("N", r"(\d{1,9})"), re.ASCII)
+
+
+def examine(texts: list[str], problems: list[Problem]) -> dict[str, float]:
+    """How tiny/ and what is trained from it thinks, from lines such as `12*3=36, 36+7=43 no`.
+
+    The tries per response, and the shares of right equations and of true claims (`yes` where the target is reached).
+    """
+    tries = [(found, problem) for text, problem in zip(texts, problems, strict=True) for found in TRY.findall(text)]
+    right = [is_right(*found[i : i + 4]) for found, _ in tries for i in (0, 4)]
+    claims = {word: [int(f[7]) == p.target for f, p in tries if f[8] == word] for word in ("yes", "no")}
+    return {
+        "tries per response": len(tries) / len(texts),
+        "equations right": sum(right) / max(1, len(right)),
+        "`yes` true": sum(claims["yes"]) / max(1, len(claims["yes"])),
+        "`no` true": 1 - sum(claims["no"]) / max(1, len(claims["no"])),
+    }
+
+
+def is_right(a: str, sign: str, b: str, result: str) -> bool:
+    x, y, z = int(a), int(b), int(result)
+    return z * y == x and y != 0 if sign == "/" else z == {"+": x + y, "-": x - y, "*": x * y}[sign]
+
+
+def examine_models(words: list[str]) -> None:
+    """Print a column per model: its scores, and how it thinks, in one response to each held-out problem."""
+    config_path, overrides = evaluate.find_config(words), [word for word in words if evaluate.OVERRIDE.match(word)]
+    columns = {}
+    for name in [word for word in words if word not in overrides]:
+        agent = evaluate.load_agent(name, config_path, overrides)
+        responses = evaluate.respond(agent, count=1, temperature=1.0, seed=0)
+        texts = [episode.text for (episode,) in responses]
+        columns[name] = evaluate.describe(agent, responses) | examine(texts, agent.held_out)
+    say(f"{len(agent.held_out)} held-out problems, settings of {config_path}")
+    say("\n".join(evaluate.table(columns)))
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="tools.make_tiny", description="Make the tiny model, or examine models.")
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--out", type=Path, help="the folder to write, such as tiny; takes 45 minutes on one core")
+    what.add_argument("--examine", nargs="+", metavar="MODEL", help="how models think; SETTING=VALUE may follow")
+    arguments = parser.parse_args(argv)
+
+    def work() -> None:
+        if arguments.out:
+            make(arguments.out)
+        else:
+            examine_models(arguments.examine)
+
+    return exit_status("tools.make_tiny", work)
+
+
 if __name__ == "__main__":
-    main()
+    run_program(main)

@@ -1,11 +1,11 @@
-"""Where the GPU memory of a run will go, before anything large is loaded.
+"""Where the GPU memory of a run will go, before anything large is loaded; and limits for when it runs out all the same.
 
 A run that cannot fit should say so in its first second and name the setting to lower, not die in its first update
 after minutes of sampling. The plan counts what the code allocates, from shapes alone; tests/test_memory.py holds it
 against a count of live bytes. For the rest (cuBLAS workspaces, fragmentation) it keeps RESERVE free.
 
-    python benchmark.py --config config.yml --fits                  # which sizes fit on which cards, and how
-    python benchmark.py --config config.yml --shape 3B --plan 48    # the plan of one config on a card of 48 GB
+    python -m tools.benchmark --config config.yml --fits                  # which sizes fit on which cards, and how
+    python -m tools.benchmark --config config.yml --shape 3B --plan 48    # the plan of one config on a card of 48 GB
 
 Left out: the host's memory that `offload` takes.
 """
@@ -13,22 +13,49 @@ Left out: the host's memory that `offload` takes.
 import math
 import os
 import re
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 
-from data_types import Config, UserError
-from grpo import CHUNK_TOKENS
+from data_types import CHUNK_TOKENS, COLUMN_BLOCK, PREFILL_TOKENS, Config
 from optimizer import SLICE
+from plumbing.ranks import world_size
+from plumbing.terminal import UserError, out_of_memory, say, warn
 from qwen2_model import Qwen2, Qwen2Config
-from ranks import count
-from rollout import COLUMN_BLOCK, PREFILL_TOKENS, round_up
-from terminal import say
 
+T = TypeVar("T")
 GIB = 2**30
 RESERVE = 0.75 * GIB
+
+
+class Limit:
+    """How much is done at a time: half as much from the moment that memory runs out.
+
+    All randomness comes with the work, so another attempt does the same, up to the rounding of another batch shape.
+    """
+
+    def __init__(self, what: str, most: int) -> None:
+        self.what, self.most = what, most
+
+    def attempt(self, work: Callable[[int], T], least: int, size: int) -> T:
+        """The result of `work(limit)`; `size` is all there is to do, `least` what cannot be divided."""
+        while True:
+            limit = min(self.most, size)
+            try:
+                return work(limit)
+            except RuntimeError as error:
+                if not out_of_memory(error):
+                    raise
+            torch.cuda.empty_cache()  # only here does nothing refer to the failed attempt's tensors any more
+            if limit <= least:
+                cures = "lower rollout.max_new_tokens, or set train.optimizer=offload"
+                raise UserError(f"out of memory even with {limit} {self.what}: {cures}")
+            self.most = max(least, limit // 2)
+            warn(f"out of memory; from now on at most {self.most} {self.what}")
 
 
 @dataclass(frozen=True)
@@ -38,7 +65,7 @@ class MemoryPlan:
     always: dict[str, float]
     sampling: dict[str, float]
     update: dict[str, float]
-    rows: int  # responses sampled at the same time
+    rows: int  # responses sampled at a time
 
     @property
     def peaks(self) -> tuple[float, float]:
@@ -46,17 +73,9 @@ class MemoryPlan:
         base = sum(self.always.values())
         return base + sum(self.sampling.values()), base + sum(self.update.values())
 
-    def table(self, available: float) -> str:
-        """The plan in words, one line per purpose, in GiB."""
-        parts = self.always | self.sampling | self.update
-        lines = [f"  {name:44s} {size / GIB:8.2f}" for name, size in parts.items()]
-        sampling, update = (peak / GIB for peak in self.peaks)
-        peaks = f"  peak: {sampling:.2f} while sampling, {update:.2f} in the update, of {available / GIB:.2f}"
-        return "\n".join(["memory plan (GiB):", *lines, peaks])
-
 
 def plan_memory(
-    config: Config, shape: Qwen2Config, prompt_tokens: int, available: float = float("inf"), ranks: int = 1
+    config: Config, shape: Qwen2Config, prompt_tokens: int, available: float = math.inf, ranks: int = 1
 ) -> MemoryPlan:
     """The plan for a model of this shape and prompts of this length, with so many bytes available on each GPU."""
     rollout, train = config.rollout, config.train
@@ -68,48 +87,36 @@ def plan_memory(
     state = {"split": 6, "offload": 0, "master": 8 if size == 4 else 12}[train.optimizer]
     parts = ranks if train.shard else 1
     stored, state = (4, 8) if parts > 1 else (size, state)  # sharded weights are fp32, their own masters
-    always = {
-        "weights": weights * stored / parts,
-        f"optimizer state ({train.optimizer})": weights * state / parts,
-        "reserve": RESERVE,
-    }
+    always = {"weights": weights * stored / parts, "optimizer": weights * state / parts, "reserve": RESERVE}
 
     questions = math.ceil(rollout.questions_per_step / ranks)
     responses, longest = questions * rollout.group_size, prompt_tokens + rollout.max_new_tokens
-    columns = round_up(longest, COLUMN_BLOCK)
+    columns = math.ceil(longest / COLUMN_BLOCK) * COLUMN_BLOCK
     row_cache = 2 * layers * shape.num_key_value_heads * shape.head_dim * columns * size
-    warped = 28 * vocabulary if rollout.top_k or rollout.top_p < 1 else 0  # sorting logits, per token
-    row_logits = 2 * (12 * vocabulary + warped)  # logits, probabilities, running sum; again in the graphs' pool
+    row_logits = 2 * 12 * vocabulary  # logits, probabilities, running sum; again in the graphs' pool
     prefill = max(PREFILL_TOKENS, prompt_tokens) * 1.25 * activations(shape, size)
     wanted = max(responses, math.ceil(config.data.held_out / ranks))
-    whole = weights * size if parts > 1 else 0
-    room = available - sum(always.values()) - prefill - whole
-    rows = max(rollout.group_size, int(min(wanted, rollout.max_rows or wanted, room / (row_cache + row_logits))))
-    sampling = {
-        f"sampling: KV cache, {rows} rows of {columns} tokens": rows * row_cache,
-        "sampling: logits and prefill": max(rows * row_logits, prefill),
-        **({"sampling: all the weights": whole} if whole else {}),
-    }
+    copy = weights * size if parts > 1 else 0  # all the weights, to sample with
+    room = available - sum(always.values()) - prefill - copy
+    rows = max(rollout.group_size, int(min(wanted, room / (row_cache + row_logits))))
+    sampling = {"cache": rows * row_cache, "logits or prefill": max(rows * row_logits, prefill), "copy": copy}
 
     tokens = min(max(train.tokens_per_microbatch, longest), responses * longest)
     layer = tokens * activations(shape, size)
+    # activations that backward needs, or with checkpointing each layer's input
     kept = layers * (tokens * shape.hidden_size * size if train.activation_checkpointing else layer)
     embedding = 4 * vocabulary * shape.hidden_size  # the gradient of the embedding, which the head may share, fp32
-    chunk = CHUNK_TOKENS * (16 * vocabulary + warped)
+    chunk = CHUNK_TOKENS * 16 * vocabulary
     slices = (12 if train.optimizer == "offload" else 6) * 4 * SLICE
     working = max(embedding + 1.6 * layer, 3 * embedding, chunk, slices - kept)
     if parts > 1:  # FSDP2: embedding and head stay gathered until backward ends, layers two at a time; fp32 gradients
         head, outside = vocabulary * shape.hidden_size, weights - layers * in_layer  # numbers, not bytes
         two_layers = 2 * size * in_layer + (size + 4) * in_layer + 1.6 * layer
-        chunk_backward = CHUNK_TOKENS * (12 * vocabulary + warped)  # the first log-softmax is not alive then
+        chunk_backward = CHUNK_TOKENS * 12 * vocabulary  # the first log-softmax is not alive then
         in_backward = size * (outside + head) + max(two_layers, chunk_backward)
         reduced_last = (size + 4) * outside - kept  # kept activations are free by then
         working = max(in_backward, size * outside + chunk, reduced_last, slices - kept)
-    update = {
-        "update: gradients (fp32)": 4 * weights / parts,
-        "update: kept activations": kept,
-        "update: one layer, or head and embedding": working,
-    }
+    update = {"gradients": 4 * weights / parts, "kept": kept, "one layer, or embedding and head": working}
     return MemoryPlan(always, sampling, update, rows)
 
 
@@ -121,20 +128,18 @@ def activations(shape: Qwen2Config, size: int) -> float:
 
 
 def check_memory(config: Config, shape: Qwen2Config, prompt_tokens: int, device: torch.device) -> int:
-    """Plan, and refuse what cannot fit; returns how many rows may be sampled at once. Prints the plan for a GPU."""
+    """Plan, and refuse what cannot fit; returns how many rows may be sampled at a time."""
     on_gpu = device.type == "cuda"
     if on_gpu and config.model.dtype == "bfloat16" and not torch.cuda.is_bf16_supported(including_emulation=False):
         raise UserError("this GPU has no bfloat16: set model.dtype=float32 train.optimizer=master")
     available = torch.cuda.mem_get_info(device)[0] if on_gpu else host_memory()
-    plan = plan_memory(config, shape, prompt_tokens, available, count())
-    needed, free = max(plan.peaks) / GIB, available / GIB
-    say(plan.table(available) if on_gpu else f"memory  {needed:.2f} GiB planned, {free:.2f} are free")
-    if needed > free:
-        raise UserError(f"this run needs {needed:.1f} GiB, and {free:.1f} GiB are free: {advice(config, plan)}")
-    rollout = config.rollout
-    tokens = rollout.questions_per_step * rollout.group_size * rollout.max_new_tokens
-    if tokens * 80 > host_memory():  # bytes per response token: random numbers, and lists of ids and logprobs
-        raise UserError(f"no memory for {tokens:,} tokens per step: lower rollout.group_size or questions_per_step")
+    plan = plan_memory(config, shape, prompt_tokens, available, world_size())
+    (sampling, update), free = (peak / GIB for peak in plan.peaks), available / GIB
+    say(f"memory  {sampling:.2f} GiB planned for sampling, {update:.2f} for the update; {free:.2f} are free")
+    if max(sampling, update) > free:
+        cures = "set train.activation_checkpointing=true, model.dtype=bfloat16, train.optimizer=split or offload"
+        cures += ", or lower rollout.max_new_tokens or train.tokens_per_microbatch"
+        raise UserError(f"this run needs {max(sampling, update):.1f} GiB, and {free:.1f} GiB are free: {cures}")
     return plan.rows
 
 
@@ -146,18 +151,3 @@ def host_memory() -> float:
     with suppress(OSError, ValueError):  # no container, or one without a limit
         sizes.append(int(Path("/sys/fs/cgroup/memory.max").read_text()))
     return min(sizes)
-
-
-def advice(config: Config, plan: MemoryPlan) -> str:
-    """Which setting to change first when a plan does not fit."""
-    if plan.peaks[0] >= plan.peaks[1]:
-        return "lower rollout.max_new_tokens, or take a smaller model"
-    if not config.train.activation_checkpointing:
-        return "set train.activation_checkpointing=true"
-    return "set model.dtype=bfloat16, train.optimizer=split or offload, or lower train.tokens_per_microbatch"
-
-
-def out_of_memory(error: RuntimeError) -> bool:
-    """Whether this is about memory: cuBLAS, graphs and the CPU report it in words of their own."""
-    words = "out of memory|ALLOC_FAILED|can't allocate memory"
-    return isinstance(error, torch.OutOfMemoryError) or bool(re.search(words, str(error)))

@@ -1,4 +1,4 @@
-"""File helpers: JSON, flushed to the disk, and folders that appear whole or not at all."""
+"""Files: text, JSON, checksums, and folders that appear whole or not at all."""
 
 import hashlib
 import json
@@ -9,11 +9,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
+from plumbing.terminal import UserError
 
-from data_types import UserError
-
-PARTIAL = ".partial"  # the end of the name of a folder that is being written or removed
+PARTIAL = ".partial"  # the end of the name of a file or folder that is being written or removed
 
 
 def read_text(path: Path) -> str:
@@ -43,66 +41,41 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
 def write_text(path: Path, text: str) -> None:
     """Write a file that is there whole, and on the disk, or as it was before."""
     partial = path.with_name(path.name + PARTIAL)
-    partial.unlink(missing_ok=True)  # it may be a link
     partial.write_text(text, encoding="utf-8")
     flush(partial)
     partial.replace(path)
-    flush(path.parent)
 
 
 def checksum(path: Path) -> str:
     """SHA-256 of a file."""
+    digest = hashlib.sha256()
     with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        while part := file.read(2**20):
+            digest.update(part)
+    return digest.hexdigest()
 
 
 def flush(path: Path) -> None:
     """Wait until a file, or the names in a folder, are on the disk and no longer only in memory."""
     descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-@contextmanager
-def writing(folder: Path) -> Iterator[None]:
-    """Makes the folder; an error while writing to it becomes one line."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        yield
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"{folder}: cannot be written: {getattr(error, 'strerror', None) or error}") from None
+    os.fsync(descriptor)
+    os.close(descriptor)
 
 
 @contextmanager
 def atomic_folder(folder: Path) -> Iterator[Path]:
     """A folder to fill, which takes the place of `folder` once it is whole and on the disk; else nothing changes."""
-    partial, replaced = folder.with_name(folder.name + PARTIAL), folder.with_name(folder.name + ".old" + PARTIAL)
+    partial = folder.with_name(folder.name + PARTIAL)
     shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
     try:
-        with writing(partial):
-            yield partial
-            for path in (*partial.iterdir(), partial):
-                flush(path)
-            if folder.exists():
-                shutil.rmtree(replaced, ignore_errors=True)
-                folder.rename(replaced)
-            partial.rename(folder)  # here a checkpoint becomes visible
-            flush(folder.parent)
-            flush(folder.parent.parent)
-        shutil.rmtree(replaced, ignore_errors=True)  # not in `finally`: after half of the exchange it is the only one
+        yield partial
+        for path in (*partial.iterdir(), partial):
+            flush(path)
+        if folder.exists():
+            shutil.rmtree(folder)
+        partial.rename(folder)  # here a checkpoint becomes visible
+        flush(folder.parent)
+        flush(folder.parent.parent)
     finally:
         shutil.rmtree(partial, ignore_errors=True)  # gone already if it was renamed
-
-
-def remove_folder(folder: Path) -> None:
-    """Remove a folder; renamed first, so that half of it is never taken for the whole."""
-    with writing(folder):
-        shutil.rmtree(folder.rename(folder.with_name(folder.name + PARTIAL)))
-
-
-def listed(names: list[str]) -> str:
-    """The first few names, and how many more there are."""
-    more = f" and {len(names) - 5} more" if len(names) > 5 else ""
-    return ", ".join(names[:5]) + more

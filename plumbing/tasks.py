@@ -1,0 +1,118 @@
+"""What a run trains on: a task is one file that makes the problems, asks the question and grades the response.
+
+`data.task: countdown` in the config names countdown_task.py; the fields of `Task` are what such a file defines.
+
+    task = load_task("countdown")
+    problem = task.load_problems(config.data)[0]            # Problem(numbers=(1, 1, 9), target=10)
+    task.question_text(problem)                             # "Using the numbers [1, 1, 9], write an expression ..."
+    task.grade("1 + 9 = 10</think> ...", False, problem)    # {"format": 0.0, "correct": 0.0}
+
+The rest of the program handles problems without looking into them: all it needs is a `repr` that tells them apart.
+"""
+
+import hashlib
+import importlib
+import math
+import random
+import sys
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import MISSING, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet
+
+from data_types import DataSettings, Episode
+from plumbing.terminal import UserError, one_line, warn
+
+PLACES = (Path(__file__).resolve().parents[1], Path(__file__).resolve().parents[1] / "examples")
+
+
+@dataclass(frozen=True)
+class Task:
+    """What a task file defines; what has a default may be left out."""
+
+    load_problems: Callable[[Any], list[Any]]  # from the settings of the section `data`
+    question_text: Callable[[Any], str]  # the user's message
+    grade: Callable[[str, bool, Any], dict[str, float]]  # (response, truncated, problem): the parts of the reward
+    SCORE: str  # the part that evaluations report
+    ASSISTANT_PREFIX: str = ""  # opens the assistant's turn and is part of the prompt
+    Settings: type[DataSettings] = DataSettings  # with the task's own settings added
+    Problem: Any = None  # a dataclass of texts, numbers and tuples of them, for evaluate.py to ask one question
+    problem_key: Callable[[Any], str] = repr  # problems with the same key are copies of one problem
+
+
+def load_task(name: str) -> Task:
+    """The task of NAME_task.py, which stands beside train.py or in examples/."""
+    files = {path.name.removesuffix("_task.py"): path for place in PLACES for path in place.glob("*_task.py")}
+    if name not in files:
+        raise UserError(f"data.task is {name}, but there is no {name}_task.py; there are {', '.join(sorted(files))}")
+    sys.path += [str(place) for place in PLACES if str(place) not in sys.path]
+    module = vars(importlib.import_module(f"{name}_task"))
+    missing = [field.name for field in fields(Task) if field.default is MISSING and field.name not in module]
+    if missing:
+        raise UserError(f"{name}_task.py does not define {' and '.join(missing)}: see plumbing/tasks.py")
+    return Task(**{field.name: module[field.name] for field in fields(Task) if field.name in module})
+
+
+def grade(task: Task, episode: Episode) -> dict[str, float]:
+    """The parts of a response's reward; UserError where the task returns anything but finite numbers by name."""
+    parts: Any = task.grade(episode.text, episode.truncated, episode.problem)
+    with suppress(AttributeError, TypeError, ValueError, OverflowError):
+        numbers = {str(name): float(value) for name, value in parts.items()}
+        if task.SCORE in numbers and "std" not in numbers and all(map(math.isfinite, numbers.values())):
+            return numbers  # reward_std is a metric of its own
+    raise UserError(f"the task's grade returned {parts!r:.80}; it must return numbers by name, {task.SCORE} among them")
+
+
+def split_problems(task: Task, data: DataSettings) -> tuple[list[Any], list[Any]]:
+    """The task's problems as (train, held out): `held_out` different ones of which training has no copy.
+
+    Problems are held out in the order of their keys' hashes, whatever their own order, so that a filter, too, moves as
+    few of them as it can from one side to the other. Of several copies the one with the first `repr` is held out.
+    """
+    problems, by_key = task.load_problems(data), dict[str, Any]()
+    for problem in problems:
+        key = task.problem_key(problem)
+        by_key[key] = min(by_key.get(key, problem), problem, key=repr)
+    if len(by_key) <= data.held_out:
+        cures = "lower data.held_out, widen the data's filters or use more data"
+        raise UserError(f"{len(by_key)} different problems are too few to hold out {data.held_out} of them: {cures}")
+    chosen = sorted(by_key, key=lambda key: hashlib.sha256(key.encode()).digest())[: data.held_out]
+    taken = set(chosen)
+    return [p for p in problems if task.problem_key(p) not in taken], [by_key[key] for key in chosen]
+
+
+def problem_order(count: int, seed: int, begin: int, end: int) -> list[int]:
+    """Which of `count` problems come at places `begin` to `end`: each epoch goes through all in an order of its own."""
+    order: list[int] = []
+    for epoch in range(begin // count, (end - 1) // count + 1):
+        one_epoch = list(range(count))
+        random.Random(f"{seed}/{epoch}").shuffle(one_epoch)  # seeded by a text: (1, 23) and (12, 3) stay apart
+        order += one_epoch
+    return order[begin % count :][: end - begin]
+
+
+def read_problems(place: str, columns: list[str], make: Callable[..., Any]) -> list[Any]:
+    """What `make(*row)` returns for the rows of a parquet file, or of all parquet files in a folder.
+
+    Rows for which it returns None are dropped, counted and the first is shown. Raises UserError when a file cannot be
+    read or no problem is found.
+    """
+    path, rows, found = Path(place), [], " and ".join(columns)
+    files = [path] if path.is_file() else sorted(path.rglob("*.parquet")) if place else []
+    for file in files:
+        try:
+            table = pyarrow.parquet.read_table(file, columns=columns)
+            rows += list(zip(*(table[column].to_pylist() for column in columns), strict=True))
+        except Exception as error:  # a damaged file comes out as almost any kind of error
+            raise UserError(f"{file}: not a parquet file with columns {found} ({one_line(error)})") from error
+    made = [make(*row) for row in rows]
+    dropped = [row for row, problem in zip(rows, made, strict=True) if problem is None]
+    example = f", such as {dropped[0]!a:.80}" if dropped else ""
+    if len(dropped) == len(rows):
+        raise UserError(f"data.path={place}: no problem in the columns {found} of a .parquet file there{example}")
+    if dropped:
+        warn(one_line(UserError(f"{place}: dropped {len(dropped)} of {len(rows)} rows{example}")))
+    return [problem for problem in made if problem is not None]

@@ -1,0 +1,1 @@
+"""Stands in for GRPO-Zero's module of this name."""
