@@ -127,7 +127,9 @@ def unsharded(tensor: Any) -> Tensor:
     if not hasattr(tensor, "full_tensor"):
         return tensor
     with collective():
-        return tensor.full_tensor()
+        whole = tensor.full_tensor()
+    padded = whole.untyped_storage().nbytes() > whole.nbytes  # the ranks' parts differ; safetensors takes no view
+    return whole.clone() if padded else whole
 
 
 def load_shard(target: Any, tensor: Tensor) -> None:

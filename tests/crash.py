@@ -32,10 +32,9 @@ SETTINGS = ["rollout.questions_per_step=3", "eval.every=3", f"train.steps={STEPS
 
 def attempt(folder: Path, settings: list[str], log: Path, seconds: float, in_save: bool = False) -> int:
     """Start or resume the run in `folder`, send a signal after so many seconds (in a save); the exit status."""
-    typed = ["--resume", str(folder)]
     if not saved(folder):
         shutil.rmtree(folder, ignore_errors=True)
-        typed = arguments(folder, *settings)
+    typed = ["--resume", str(folder)] if saved(folder) else arguments(folder, *settings)
 
     def work() -> None:
         signal(SIGINT, SIG_DFL)  # before the run listens, it just ends, as for SIGTERM
@@ -56,15 +55,13 @@ def attempt(folder: Path, settings: list[str], log: Path, seconds: float, in_sav
 
 def content(folder: Path) -> dict[str, object]:
     """All of a finished run that must not depend on how often it was stopped: no times, and nothing that has them."""
-    lines = (folder / "metrics.jsonl").read_text().splitlines()
-    kept: dict[str, object] = {"samples": (folder / "samples.jsonl").read_bytes()}
-    kept["metrics"] = [{k: v for k, v in json.loads(line).items() if "second" not in k} for line in lines]
-    for path in [*folder.glob("final/*"), *folder.glob("checkpoints/*/*")]:
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    kept: dict[str, object] = {"metrics": [{k: v for k, v in line.items() if "second" not in k} for line in lines]}
+    for path in (folder / "samples.jsonl", *folder.glob("final/*"), *folder.glob("checkpoints/*/*")):
+        kept[str(path.relative_to(folder))] = path.read_bytes() if path.name != "checksums.json" else b""
         if path.name == "state.json":
             progress = json.loads(path.read_bytes())["progress"]
             kept[str(path.relative_to(folder))] = progress | {"seconds": 0, "files": progress["files"]["samples.jsonl"]}
-        elif path.name != "checksums.json":
-            kept[str(path.relative_to(folder))] = path.read_bytes()
     return kept
 
 

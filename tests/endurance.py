@@ -12,15 +12,13 @@ import tempfile
 from pathlib import Path
 from statistics import median
 
-ROOT = Path(__file__).resolve().parent.parent
-
 
 def main(steps: int = 300, *settings: str) -> int:
     memory, files = [], []
     with tempfile.TemporaryDirectory() as scratch:
         run = ["--config", "config_tiny.yml", "--name", "long", f"output.folder={scratch}"]
         command = [sys.executable, "train.py", *run, "checkpoint.every=5", f"train.steps={steps}", *settings]
-        process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
+        process = subprocess.Popen(command, cwd=Path(__file__).parents[1], stdout=subprocess.PIPE, text=True)
         for line in process.stdout:
             if line.startswith("step ") and "reward" in line:  # not an evaluation
                 status = Path(f"/proc/{process.pid}/status").read_text()

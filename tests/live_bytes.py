@@ -1,22 +1,17 @@
-"""Counts what a computation keeps alive, without a card: on meta and fake tensors shapes are real and bytes are not."""
+"""Counts what a computation keeps alive, without a card: on meta tensors shapes are real and bytes are not."""
 
 import weakref
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
-from torch.distributed import device_mesh
-from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import optimizer
-import qwen2_model
-from plumbing import ranks
 
 
 class LiveBytes(TorchDispatchMode):
@@ -62,15 +57,6 @@ class FusedNorm(torch.autograd.Function):
         return torch.empty_like(x), torch.empty_like(weight)
 
 
-class FakeWideMatmul(qwen2_model.WideMatmul):
-    """torch has this matmul on CUDA only."""
-
-    @staticmethod
-    def forward(context: Any, hidden: Tensor, head: Tensor) -> Tensor:
-        context.save_for_backward(hidden, head)
-        return hidden.new_empty(len(hidden), len(head), dtype=torch.float32)
-
-
 def fused_attention(
     q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False, enable_gqa: bool = False
 ) -> Tensor:
@@ -91,38 +77,3 @@ def cuda_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Tensor, "cpu", lambda tensor: torch.zeros(tensor.shape, dtype=tensor.dtype))
     monkeypatch.setattr(torch, "Generator", type("Generator", (torch.Generator,), new))
     monkeypatch.setattr(optimizer, "round_stochastically", lambda exact, generator: exact.to(torch.bfloat16))
-
-
-def host_state(monkeypatch: pytest.MonkeyPatch) -> None:
-    """For `offload`: the optimizer's state is not counted, and what is copied to the device is."""
-    zeros_like, to = torch.zeros_like, Tensor.to
-
-    def on_the_host(tensor: Tensor, device: Any = None, pin_memory: bool = False, **how: Any) -> Tensor:
-        with _disable_current_modes() if device == "cpu" else nullcontext():
-            return zeros_like(tensor, **how)
-
-    def copied(tensor: Tensor, *where: Any, non_blocking: bool = False, **how: Any) -> Tensor:
-        return tensor.clone() if non_blocking else to(tensor, *where, **how)
-
-    monkeypatch.setattr(torch, "zeros_like", on_the_host)
-    monkeypatch.setattr(Tensor, "to", copied)
-
-
-@contextmanager
-def fake_ranks(count: int, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """This process as the first of several, with fake tensors: FSDP2 does all its work, but nothing is sent."""
-    from torch._subclasses.fake_tensor import FakeTensorMode
-    from torch.testing._internal.distributed.fake_pg import FakeStore
-
-    dist.init_process_group("fake", rank=0, world_size=count, store=FakeStore())
-    try:
-        mesh = device_mesh.init_device_mesh("cpu", (count,))  # before fake tensors, which have no values to read
-        monkeypatch.setattr(device_mesh, "init_device_mesh", lambda *others: mesh)
-        monkeypatch.setattr(ranks, "all_gather", lambda mine: mine)
-        monkeypatch.setattr(F, "rms_norm", lambda x, shape, weight, eps: FusedNorm.apply(x, weight))
-        monkeypatch.setattr(qwen2_model, "wide_matmul", FakeWideMatmul.apply)
-        monkeypatch.setattr(torch.nn.Module, "float", lambda module: module)  # fp32 already; fake ones cannot convert
-        with FakeTensorMode(allow_non_fake_inputs=True):
-            yield
-    finally:
-        dist.destroy_process_group()

@@ -43,26 +43,14 @@ def small_policy(seed: int, device: str = "cpu", tied: bool = True, **shape: int
 
 
 @torch.no_grad()
-def plain_logits(policy: Qwen2, tokens: list[int]) -> np.ndarray:
-    """Logits (T, vocabulary) of one row; the head's matmul is in float64."""
-    hidden = policy(torch.tensor([tokens], device=policy.head.device))[0]
-    return (hidden.double() @ policy.head[: policy.vocabulary].double().t()).cpu().numpy()
-
-
-def plain_distribution(logits: np.ndarray, temperature: float) -> np.ndarray:
-    """The probabilities (V,) to draw from; temperature 0 draws from none, and its logprobs are the policy's own."""
-    scaled = logits / (temperature or 1.0)
-    weights = np.exp(scaled - scaled.max())
-    return weights / weights.sum()
-
-
 def plain_response(policy: Qwen2, prompt: list[int], uniforms: Tensor, temperature: float = 1.0) -> Response:
-    """A response that never ends: by inverse CDF, one token for each of `uniforms` (max_new_tokens,)."""
-    redraw = np.random.default_rng(prompt)
+    """A response that never ends: by inverse CDF (or greedy, at temperature 0), one token for each of `uniforms`."""
+    redraw, head = np.random.default_rng(prompt), policy.head[: policy.vocabulary].double()
     ids, logprobs = [], []
     for place in range(len(uniforms)):
-        logits = plain_logits(policy, prompt + ids)[-1]
-        probabilities = plain_distribution(logits, temperature)
+        hidden = policy(torch.tensor([prompt + ids], device=head.device))[0, -1]
+        logits = (head @ hidden.double()).cpu().numpy() / (temperature or 1.0)
+        probabilities = np.exp(logits - np.log(np.exp(logits).sum()))
         borders = probabilities.cumsum()
         while np.abs(borders - uniforms[place].item()).min() < TOO_CLOSE:  # then replaced, in `uniforms` itself
             uniforms[place] = float(redraw.random(dtype=np.float32))
@@ -79,22 +67,13 @@ def cut(response: Response, end_ids: Collection[int]) -> Response:
 
 
 def sample(
-    policy: Qwen2,
-    prompts: list[list[int]],
-    uniforms: Tensor,
-    end_ids: Collection[int],
-    temperature: float = 1.0,
-    max_rows: int = 10**9,
-    **attributes: object,
+    policy: Qwen2, prompts: list, uniforms: Tensor, end_ids: Collection[int], temperature: float = 1.0, **own: object
 ) -> list[Episode]:
-    """The Sampler's responses to these prompts, with these numbers; `attributes` of the Sampler are set before.
-
-    A prompt's problem is the prompt itself, and a response's text lists its ids.
-    """
+    """A Sampler's responses to these prompts, which are their own problems; the text of a response lists its ids."""
     tokenizer = SimpleNamespace(end_ids=sorted(end_ids), encode_prompt=lambda ids, prefix: ids, decode=str)
     task = SimpleNamespace(question_text=lambda ids: ids, ASSISTANT_PREFIX="")
-    sampler = Sampler(policy, tokenizer, task, uniforms.shape[1], Limit("rows", max_rows))
-    vars(sampler).update(attributes)
+    sampler = Sampler(policy, tokenizer, task, uniforms.shape[1], Limit("rows", 10**9))
+    vars(sampler).update(own)
     with patch.object(torch, "rand", lambda *shape, generator: uniforms.view(shape)):
         return sampler.rollout(prompts, len(uniforms) // len(prompts), temperature, torch.Generator())
 

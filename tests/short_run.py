@@ -1,13 +1,12 @@
 """Short runs in this process, and what they leave behind: for the tests of whole runs.
 
-Those that look at responses take the tiny model. The others take a smaller one, whose steps take milliseconds: one
-layer with random weights, 20 problems, and rewards that depend on the bytes of a response.
+Where responses matter the tiny model is trained, else a smaller one, whose steps take milliseconds: one layer with
+random weights, 20 problems, and rewards that depend on the bytes of a response.
 """
 
 import contextlib
 import io
 import json
-from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -20,8 +19,6 @@ import train
 from data_types import Episode
 from plumbing import terminal
 from plumbing.model_folder import read_small_files, save_model
-from plumbing.run import Run
-from plumbing.tasks import Task
 from qwen2_model import Qwen2, Qwen2Config
 from tokenizer import Tokenizer
 
@@ -49,13 +46,12 @@ def small_world(folder: Path) -> list[str]:
     return [*paths, "data.held_out=4", "rollout.max_new_tokens=12", "train.learning_rate=1e-3"]
 
 
-def byte_rewards(task: Task, episode: Episode) -> dict[str, float]:
+def byte_rewards(task: object, episode: Episode) -> dict[str, float]:
     """In the place of train.grade: the smaller model solves nothing."""
     return {"format": 0.1, "correct": sum(episode.text.encode()) % 2.0}
 
 
 def arguments(folder: Path, *overrides: str) -> list[str]:
-    """Of train.py, to train in `folder`."""
     new = ["--config", f"{ROOT}/config_tiny.yml", "--name", folder.name, f"output.folder={folder.parent}"]
     return [*new, *SETTINGS, *overrides]
 
@@ -69,9 +65,8 @@ class Done(NamedTuple):
     complaints: list[str]  # lines on stderr
 
     def metrics(self, times: bool = False) -> list[dict]:
-        """The lines of metrics.jsonl; NaN and Infinity, which are no JSON, are refused."""
         lines = (self.folder / "metrics.jsonl").read_text().splitlines()
-        metrics = [json.loads(line, parse_constant=pytest.fail) for line in lines]
+        metrics = [json.loads(line, parse_constant=pytest.fail) for line in lines]  # NaN is no JSON
         return [{key: value for key, value in m.items() if times or "second" not in key} for m in metrics]
 
     def tensors(self, place: Path | str | int, file: str = "model.safetensors") -> dict[str, bytes]:
@@ -85,24 +80,21 @@ class Done(NamedTuple):
 
 def set_scores(patch: pytest.MonkeyPatch, scores: list[float]) -> None:
     """From now on, these are the results of an evaluation after 0, 1, ... steps of the optimizer."""
-
-    def evaluate(run: Run, step: int) -> dict[str, float]:
-        score = scores[run.optimizer.steps]
-        return {"eval_greedy": score, "eval_greedy_se": 0.01, "eval_sampled": score, "eval_sampled_se": 0.01}
-
+    scored, errors = ("eval_greedy", "eval_sampled"), {"eval_greedy_se": 0.01, "eval_sampled_se": 0.01}
+    evaluate = lambda run, step: dict.fromkeys(scored, scores[run.optimizer.steps]) | errors  # noqa: E731
     patch.setattr(train, "evaluate", evaluate)
 
 
 def main(folder: Path, typed: list[str]) -> Done:
-    """train.py with these arguments, which train in `folder`."""
     terminal.warn_once.cache_clear()  # as in a process of its own
     with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.redirect_stderr(io.StringIO()) as err:
         status = train.main(typed)
     return Done(folder, status, out.getvalue().splitlines(), err.getvalue().splitlines())
 
 
-def run(folder: Path, *overrides: str, resumed: bool = False) -> Done:
-    return main(folder, ["--resume", str(folder), *overrides] if resumed else arguments(folder, *overrides))
+def run(folder: Path, *overrides: str) -> Done:
+    return main(folder, arguments(folder, *overrides))
 
 
-resume = partial(run, resumed=True)
+def resume(folder: Path, *overrides: str) -> Done:
+    return main(folder, ["--resume", str(folder), *overrides])

@@ -55,14 +55,12 @@ FIRST_SETTING = re.compile(r"(?:rollout|train|data)\.(?!py)[\w*]+|$")
 
 
 def check(alarms: Alarms, capsys, **changes: float | None) -> list[str]:
-    """The warnings about the healthy metrics with these changes."""
     alarms.check(HEALTHY | changes, Progress(best=changes.get("best", 0.5), best_step=7))
     return capsys.readouterr().err.splitlines()
 
 
 @pytest.mark.parametrize(("inside", "outside", "setting"), BOUNDS, ids=[str(row[1]) for row in BOUNDS])
 def test_a_warning_comes_just_past_its_bound_and_once(inside, outside, setting, capsys):
-    """A bound that is off, or a warning at every step, and nobody reads them any more."""
     alarms = Alarms(load_config(ROOT / "config_tiny.yml"), load_task("countdown"))
     assert check(alarms, capsys, entropy=math.nan) + check(alarms, capsys) + check(alarms, capsys, **inside) == []
     (warning,) = check(alarms, capsys, **outside)
@@ -84,7 +82,7 @@ def test_what_takes_several_steps_or_several_warnings(capsys):
 
 
 BEST, START = "checkpoints/best-000001", "the model it started from"
-ENDS = [  # the score after 0, 1, ... steps, what fails when the best weights are saved, where the best are at the end
+ENDS = [  # the score after 0, 1, ... steps; what fails when the best weights are saved; what is said to be the best
     ([0.2, 0.5, 0.4, 0.1], None, [BEST, BEST]),  # in a warning and at the end
     ([0.5, 0.4, 0.4, 0.1], None, [START, START]),
     ([0.4, 0.5, 0.4, 0.1], OSError(28, "No space left on device"), [START, START]),
@@ -95,7 +93,6 @@ ENDS = [  # the score after 0, 1, ... steps, what fails when the best weights ar
 
 @pytest.mark.parametrize(("scores", "error", "promises"), ENDS)
 def test_a_run_that_ends_worse_than_its_best_says_where_it_is(scores, error, promises, small, tmp_path, monkeypatch):
-    """A promise of weights that are not there: they were never saved, or the disk was full."""
     set_scores(monkeypatch, scores)
     if error:
         monkeypatch.setattr("plumbing.checkpoint.save_best", Mock(side_effect=error))
@@ -146,10 +143,8 @@ def test_one_bad_number_in_one_step_costs_that_step_and_no_more(place, small, ca
 
 
 def small_card(patch, after: Path | None = None, **most: float) -> None:
-    """A forward of more tokens (rows x length) runs out of memory, once the metrics `after` have a step.
-
-    An exception holds its frames, and they their tensors: these must be gone before the next attempt.
-    """
+    """A forward of more tokens (rows x length) runs out of memory, once the metrics `after` have a step. An exception
+    holds its frames, and they their tensors: these must be gone before the next attempt."""
     forward, held = Qwen2.forward, []
 
     def limited(self: Qwen2, tokens: Tensor, positions: Tensor | None = None, *others: Any, **named: Any) -> Tensor:
@@ -188,7 +183,11 @@ def no_graphs(patch) -> None:
     patch.setattr(torch._C, "_cuda_endAllocateToPool", Mock(), raising=False)
 
 
-TROUBLES = {  # what the warnings name, and what happens
+GENERATE = Sampler.generate
+TROUBLES = {  # what the warnings name, and what happens: first, a tensor that no machine holds
+    "8 rows, 4 rows": lambda patch: patch.setattr(
+        Sampler, "generate", lambda *of: GENERATE(*of) if of[-1] <= 4 else torch.empty(2**60)
+    ),
     # of the rows of up to 26 tokens four fit in a rollout, in an update one, or two short ones
     "8 rows, 4 rows, 128 tokens, 64 tokens, 32 tokens": partial(small_card, rollout=110, update=40),
     "128 tokens": amid_an_update,
@@ -198,7 +197,6 @@ TROUBLES = {  # what the warnings name, and what happens
 
 @pytest.mark.parametrize("words", TROUBLES)
 def test_a_run_that_had_to_try_again_ends_as_if_undisturbed(words, small, calm, tmp_path, monkeypatch):
-    """What fits is kept: forgotten, it would be found again at each step at the price of failed attempts."""
     TROUBLES[words](monkeypatch)
     done = run(tmp_path / "run", *small, "train.tokens_per_microbatch=256")
     assert (done.status, done.samples()) == (0, calm.samples())
@@ -207,49 +205,45 @@ def test_a_run_that_had_to_try_again_ends_as_if_undisturbed(words, small, calm, 
         assert {key: mine[key] for key in theirs} == pytest.approx(theirs, rel=1e-4, abs=1e-6)
         sampled = mine.get("response_length", 0) * ROWS  # the tokens of a failed attempt are not counted
         assert mine.get("rollout_tokens_per_second", 0) * mine.get("rollout_seconds", 0) == pytest.approx(sampled)
-    folders = Path(small[0].partition("=")[2]), done.folder / "final", calm.folder / "final"
-    start, mine, theirs = (load_file(folder / "model.safetensors") for folder in folders)
+    folders = small[0].partition("=")[2], done.folder / "final", calm.folder / "final"
+    start, mine, theirs = (load_file(f"{folder}/model.safetensors") for folder in folders)
     for name, expected in theirs.items():
         assert (mine[name] - expected).norm() <= 1e-5 * expected.norm() < (expected - start[name]).norm()
 
 
 TOO_LITTLE = {  # how memory runs out; the first setting to change; the steps that are saved
-    # sampling needs room for a group, the update for one row
-    "sampling": (lambda patch, metrics: small_card(patch, metrics, rollout=10), "rollout.max_new_tokens", [1]),
-    "update": (lambda patch, metrics: small_card(patch, metrics, update=10), "rollout.max_new_tokens", [1]),
-    # some of the weights may have moved
-    "optimizer": (lambda patch, _: patch.setattr("optimizer.AdamW._update", NO_MEMORY), "train.optimizer", []),
+    "sampling": (partial(small_card, rollout=10), "rollout.max_new_tokens", [1]),
+    "update": (partial(small_card, update=10), "rollout.max_new_tokens", [1]),
+    "optimizer": (
+        lambda patch, _: patch.setattr("optimizer.AdamW._update", NO_MEMORY),
+        "train.optimizer",
+        [],
+    ),  # too late
     "loading": (lambda patch, _: patch.setattr("plumbing.model_folder.load_model", NO_MEMORY), "train.optimizer", []),
 }
 
 
 @pytest.mark.parametrize("place", TOO_LITTLE)
 def test_where_memory_is_too_little_a_run_is_saved_and_says_what_to_change(place, small, calm, tmp_path, monkeypatch):
-    """Halving without an end, or a traceback and all steps lost."""
     disturb, setting, steps = TOO_LITTLE[place]
     disturb(monkeypatch, tmp_path / "run" / "metrics.jsonl")
     done = run(tmp_path / "run", *small, "checkpoint.every=0")
     assert (done.status, FIRST_SETTING.search(done.complaints[-1]).group()) == (2, setting)
     assert 3 <= len(done.complaints) <= 8 if steps else len(done.complaints) == 1
-    assert [path.name for path in done.folder.glob("checkpoints/*")] == [f"step-{step:06d}" for step in steps]
+    assert len([*done.folder.glob("checkpoints/*")]) == len(steps)
     assert all(done.tensors(step) == calm.tensors(step) for step in steps)
 
 
 def test_any_other_error_of_a_gpu_is_not_swallowed(small, tmp_path, monkeypatch):
-    """Tried again it would come again with each size, and end as advice about memory."""
-    forward = Mock(side_effect=[RuntimeError("CUDA error: an illegal memory access was encountered while capturing")])
-    monkeypatch.setattr(Qwen2, "forward", forward)
-    with pytest.raises(RuntimeError, match="illegal"):
+    monkeypatch.setattr(Qwen2, "forward", Mock(side_effect=[RuntimeError("CUDA error: illegal, while capturing")]))
+    with pytest.raises(RuntimeError, match="illegal"):  # at the first attempt
         run(tmp_path / "run", *small)
-    assert forward.call_count == 1
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 def test_a_run_goes_on_while_its_disk_is_full_and_catches_up_after(small, calm, tmp_path, monkeypatch, request):
-    """Full during step 2, for all its files (a limit that the kernel keeps: it takes half a line, then none).
-
-    TensorBoard's writer does not live through that: its errors kept the samples of all later steps from being written.
-    """
+    """Full during step 2, for all its files (by a limit of the kernel: it takes half a line, then none). TensorBoard's
+    writer does not live through that, and its errors kept all later samples from being written."""
     write_step, limits = Logbook.write_step, resource.getrlimit(resource.RLIMIT_FSIZE)
 
     def limited(self: Logbook, step: int, *others: Any) -> None:
@@ -258,8 +252,8 @@ def test_a_run_goes_on_while_its_disk_is_full_and_catches_up_after(small, calm, 
         resource.setrlimit(resource.RLIMIT_FSIZE, (room, limits[1]))
 
     monkeypatch.setattr(Logbook, "write_step", limited)
-    soon = partial(SummaryWriter, flush_secs=0.05)  # instead of after two minutes
-    monkeypatch.setattr("plumbing.logbook.SummaryWriter", soon)
+    # TensorBoard writes at once instead of after two minutes
+    monkeypatch.setattr("plumbing.logbook.SummaryWriter", partial(SummaryWriter, flush_secs=0.05))
     request.addfinalizer(partial(resource.setrlimit, resource.RLIMIT_FSIZE, limits))
     left = run(tmp_path / "run", *small, "checkpoint.every=0")
     assert [str(left.folder) in line for line in left.complaints] == [True]

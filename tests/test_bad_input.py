@@ -90,7 +90,7 @@ TABLE = [  # changes of files, arguments of train.py, words (file, key, value) t
     *[({}, ["--resume", OLD, change], change.replace("=", " ")) for change in (
         "model.path=tiny", "model.dtype=bfloat16", "data.held_out=5", "data.fewest_numbers=3", "train.seed=2",
         "train.optimizer=offload", "train.steps=1")],
-    *[({f"{NEWEST}/state.json": change}, ["--resume", OLD], f"{NEWEST} state.json") for change in (None, HALVED)],
+    *[({f"{NEWEST}/{WEIGHTS[6:]}": change}, ["--resume", OLD], NEWEST) for change in (None, lambda c: c[:-1] + b" ")],
     ({f"runs/none/{file}": CONFIG for file in ("config.yml", "metrics.jsonl", "lock")}, ["--resume", "none"], "none"),
     ({"data.parquet": table([[3, 7, n] for n in range(1, 9)])}, ["--resume", OLD], "data.parquet"),
     *[({f"{OLD}/checkpoints/step-000003": change}, ["--resume", OLD], "step-000003") for change in ("", FOLDER)],

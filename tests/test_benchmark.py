@@ -72,6 +72,7 @@ def test_a_rival_of_the_update_does_more_work_for_the_same_gradient(work, monkey
             facts.append((sum(rows for rows, _ in shapes), sum(shape.numel() for shape in shapes), max(chunks)))
     assert all((gradient - gradients[0]).norm() < 1e-4 * gradients[0].norm() for gradient in gradients)
     assert (facts[0][0], larger(facts)) == (12, ["===", "+++", "++=", "=+=", "=+=", "==+"])
+    assert [e for batch in benchmark.sampled_order(work, work.episodes, 2048) for e in batch] == work.episodes[:12]
     figures = benchmark.update_in_mode(work, "master", Namespace(parts="all", ablate=False, rounds=1))
     tokens = sum(len(e.prompt_ids + e.response_ids) for e in work.episodes[:12])
     assert figures["padding_share"] == pytest.approx(1 - tokens / facts[0][1])
@@ -185,8 +186,8 @@ def test_grpo_zero_gets_the_same_work_and_its_modules_do_not_replace_ours_of_the
 
 def test_a_benchmark_without_shape_takes_the_questions_of_the_runs_first_step():
     """It took the first of the file, which are the easiest: 28 tokens per response instead of 35."""
-    asked, config = [], load_config("config_tiny.yml", SIZE)
-    run = benchmark.set_up(config, ROOT / "tiny", max_rows=1)
+    asked, work = [], Workload(load_config("config_tiny.yml", SIZE), None)
+    run = benchmark.set_up(work.config, ROOT / "tiny", max_rows=1)
     run.progress, run.sampler = Progress(), Namespace(rollout=lambda problems, *_: asked.extend(problems))
-    train.rollout(run, step=1, questions=4)
-    assert Workload(config, None).problems == asked
+    train.rollout(run, 1, 4)
+    assert (work.problems, max(e.rewards["format"] for e in work.episodes)) == (asked, 0.1)

@@ -13,7 +13,7 @@ import pytest
 import evaluate
 import plot
 from countdown_task import Problem, grade
-from short_run import ROOT, run
+from short_run import ROOT, run, small_world
 from train import make_generator
 
 SMALL = ["data.held_out=12", "train.threads=1", "rollout.max_new_tokens=48"]
@@ -63,17 +63,17 @@ def test_the_figures_are_those_of_the_responses(folder, ask):
     assert {key for key in sampled if key.startswith("pass")} == {"pass@1", "pass@2", "pass@4"}
 
 
-def test_two_models_are_compared_problem_by_problem(folder, ask):
+def test_two_models_are_compared_problem_by_problem(folder, ask, tmp_path):
     """A model compared with itself differs by nothing; unpaired standard errors would call most differences noise."""
-    status, printed, _ = ask("--compare", ROOT / "tiny", folder / "final", *SMALL, "--samples", 2, "--json")
-    figures = json.loads(printed)["greedy"]
-    before, after = (respond(model, folder, 1, 0.0)[0] for model in (ROOT / "tiny", folder / "final"))
+    small_world(tmp_path / "world")
+    models = ROOT / "tiny", tmp_path / "world/model"
+    status, printed, _ = ask("--compare", *models, "--config", folder / "config.yml", *SMALL, "--samples", 2, "--json")
+    figures = [*json.loads(printed)["greedy"].values()][2:]
+    before, after = (respond(model, folder, 1, 0.0)[0] for model in models)
     pairs = [theirs - mine for (mine,), (theirs,) in zip(before, after, strict=True)]
-    error = pytest.approx(pstdev(pairs) / math.sqrt(12))
-    assert (status, figures["difference"], figures["standard error"]) == (0, fmean(pairs), error)
+    assert (status, figures) == (0, [fmean(pairs), pytest.approx(pstdev(pairs) / math.sqrt(12)), "yes"])
     same = json.loads(ask("--compare", folder / "final", f"{folder}/./final", *SMALL, "--samples", 1, "--json")[1])
-    assert [same[kind]["difference"] for kind in ("greedy", "sampled")] == [0, 0]
-    assert same["greedy"]["beyond noise (2 standard errors)"] == "no"
+    assert [*same["greedy"].values()][2:] == [*same["sampled"].values()][2:] == [0, 0, "no"]
 
 
 def test_a_streamed_response_is_the_one_that_the_sampler_gives(folder, ask):

@@ -20,7 +20,7 @@ import train
 from plumbing import model_folder
 from qwen2_model import Qwen2
 from rollout import Sampler
-from short_run import ROOT, Done, arguments, main, resume, run, set_scores, small_world
+from short_run import ROOT, Done, arguments, resume, run, set_scores, small_world
 from small_hub import small_hub
 
 
@@ -102,22 +102,8 @@ def test_a_step_without_variance_is_measured_and_moves_nothing(more, small, tmp_
     monkeypatch.setattr(train, "update", lambda *of: monkeypatch.setattr(train, "grade", flat) or update(*of))
     done = run(tmp_path / "run", *small, "train.weight_decay=0.1", more)  # the first step has variance
     assert done.tensors(Path(small[0].partition("=")[2])) != done.tensors(1) == done.tensors(2) == done.tensors("final")
-    later = done.metrics()[2:]
-    assert all(m["zero_variance"] == m["groups"] and m["entropy"] > 1 > 1e5 * m["logprob_gap"] for m in later)
-
-
-def test_what_breaks_in_the_middle_loses_nothing_before_it(small, tmp_path, monkeypatch):
-    whole, graded, rest = run(tmp_path / "whole", *small), train.grade, [*range(8 + 2 * 16 + 5)]  # until within step 3
-    with monkeypatch.context() as patch, pytest.raises(IndexError):  # noqa: PT012
-        patch.setattr(train, "grade", lambda *of: (rest.pop(), graded(*of))[1])
-        run(tmp_path / "broken", *small, "checkpoint.every=0")
-    assert left(tmp_path / "broken")[1] == ["step-000002"]
-    assert resume(tmp_path / "broken").tensors("final") == whole.tensors("final") != whole.tensors(2)
-    generate = Sampler.generate  # and a tensor that no machine holds
-    waves = lambda self, *of: generate(self, *of) if of[-1] <= 4 else torch.empty(2**60)  # noqa: E731
-    monkeypatch.setattr(Sampler, "generate", waves)
-    done = run(tmp_path / "waves", *small)
-    assert (done.status, "4 rows" in done.complaints[-1], done.samples()) == (0, True, whole.samples())
+    for m in done.metrics()[2:]:
+        assert (m["zero_variance"] == m["groups"], m["entropy"] > 1 > 1e5 * m["logprob_gap"]) == (True, True)
 
 
 @torch.inference_mode()
@@ -129,13 +115,14 @@ def test_on_a_cpu_a_bf16_head_is_widened_once_per_wave(monkeypatch):
     assert ({head.dtype for head in heads}, len({*map(id, heads)}), len(heads)) == ({torch.float32}, 1, 9)
 
 
-def test_a_run_keeps_what_it_needs(tmp_path, monkeypatch):
-    """The model that it began with may go, and all of a tokenizer's files stay with the weights."""
-    small, world, asked, get = small_world(tmp_path), tmp_path / "model", [], model_folder.snapshot_download
+def test_a_run_keeps_what_it_needs(small, tmp_path, monkeypatch):
+    """The model that it began with may go, and all of a tokenizer's files stay with the weights; ~ is the home."""
+    own, world, asked, get = small_world(tmp_path), tmp_path / "model", [], model_folder.snapshot_download
     files = {path.name: path.read_bytes() for path in (*world.iterdir(), tmp_path / "problems.parquet")}
     kept = model_folder.read_small_files(world).keys() - {"config.json"}  # which names the type of the weights
     set_scores(monkeypatch, [0.0, 0.1, 0.2, 0.3, 0.4, 0.5])
-    assert run(tmp_path / "run", *small).status == 0
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert run(tmp_path / "run", *own, "output.folder=~/").status == 0
     shutil.rmtree(world)
     assert resume(tmp_path / "run", "train.steps=5").status == 0
     assert left(tmp_path / "run")[1] == ["best-000005", *(f"step-00000{step}" for step in range(1, 6))]
@@ -145,13 +132,6 @@ def test_a_run_keeps_what_it_needs(tmp_path, monkeypatch):
     patched = lambda *of, **by: asked.append(of[0]) or get(*of, **by, **to)  # noqa: E731
     monkeypatch.setattr(model_folder, "snapshot_download", patched)
     with small_hub(files) as to["endpoint"]:
-        assert run(tmp_path / "hub", *small, "model.path=lab/model", "data.path=lab/countdown").status == 0
+        assert run(tmp_path / "hub", *own, "model.path=lab/model", "data.path=lab/countdown").status == 0
         assert resume(tmp_path / "hub", "train.steps=4").status == 0
     assert asked == ["lab/model", "lab/countdown", "lab/countdown"]
-
-
-def test_names_with_a_tilde_and_names_that_are_none(small, tmp_path, monkeypatch):
-    monkeypatch.setenv("HOME", str(tmp_path))
-    assert run(tmp_path / "run", *small, "output.folder=~/x").status == resume(tmp_path / "x/run").status == 0
-    unset = [main(tmp_path, ["--resume", name]) for name in ("", ".", "no\nrun")]  # a variable that is not set
-    assert [(done.status, ["--resume" in line for line in done.complaints]) for done in unset] == [(2, [True])] * 3

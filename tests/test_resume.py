@@ -6,11 +6,9 @@ leaves it. Resumed, it must become the finished run again.
     python tests/test_resume.py FOLDER     # with faults.c preloaded: the write faults, in a process of their own
 """
 
-import contextlib
 import ctypes
 import errno
 import hashlib
-import io
 import json
 import os
 import re
@@ -21,7 +19,6 @@ import sys
 from itertools import count
 from pathlib import Path
 from signal import SIG_IGN, SIGHUP, SIGINT, SIGTERM, default_int_handler, raise_signal, signal
-from types import SimpleNamespace
 from unittest.mock import Mock
 
 import pytest
@@ -49,7 +46,6 @@ def step(folder: Path, number: int) -> Path:
 
 
 def saved(folder: Path, kind: str = "step") -> list[int]:
-    """The steps of a run's checkpoints, or of its best weights."""
     return [int(path.name[-6:]) for path in checkpoint.saved(folder, kind)]
 
 
@@ -80,7 +76,6 @@ def alone(small, tmp_path_factory) -> Path:
 
 
 def test_stopped_at_random_moments_a_run_ends_as_if_left_alone():
-    """A kill -9 may come between any two instructions."""
     done = subprocess.run([sys.executable, "tests/crash.py", "12"], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     stops, half_written, runs = map(int, re.findall(r"\d+", done.stdout))
@@ -88,7 +83,7 @@ def test_stopped_at_random_moments_a_run_ends_as_if_left_alone():
 
 
 GRADE, UPDATE, EVALUATE = ((train, name) for name in ("grade", "update", "evaluate"))
-GENERATE, RENAME = (Sampler, "generate"), (os, "rename")
+GENERATE, RENAME = (Sampler, "generate"), (os, "rename")  # first of the best weights, then of a checkpoint
 STOPS = {  # (what is called, for the n-th time, signals that come then), ...; checkpoint.every; status; what is saved
     "first evaluation": ([(GRADE, 1, [SIGTERM])], 0, 143, [0]),
     "first rollout": ([(GENERATE, 3, [SIGINT])], 0, 130, [0]),
@@ -96,25 +91,25 @@ STOPS = {  # (what is called, for the n-th time, signals that come then), ...; c
     "second rollout": ([(GENERATE, 3, [SIGINT])], 0, 130, [5, 6]),
     "update": ([(UPDATE, 2, [SIGTERM])], 0, 143, [5, 7]),  # a step that is updated is finished, not done twice
     "evaluation": ([(EVALUATE, 1, [SIGHUP])], 0, 129, [5, 6]),  # and evaluated
-    "saving": ([(RENAME, 1, [SIGTERM])], 2, 143, [5, 6]),
+    "saving": ([(RENAME, 2, [SIGTERM])], 2, 143, [5, 6]),
     "last step": ([(UPDATE, 3, [SIGINT])], 0, 0, [5]),  # nothing is left to stop
     "rollout, twice": ([(GRADE, 1, [SIGINT, SIGINT])], 0, 130, [5]),
     "evaluation, twice": ([(EVALUATE, 1, [SIGTERM, SIGINT])], 0, 130, [5]),
+    "rollout, an error": ([(GRADE, 20, [])], 0, 2, [5, 6]),
     "evaluation, an error": ([(EVALUATE, 2, [])], 0, 2, [5]),  # the weights are ahead of step 6
-    "saving, twice": ([(RENAME, 1, [SIGINT, SIGTERM])], 2, 130, [5]),
-    "rollout, then saving": ([(GENERATE, 3, [SIGTERM]), (RENAME, 1, [SIGTERM])], 0, 130, [5]),
-    "hangup, then saving": ([(GENERATE, 3, [SIGHUP]), (RENAME, 1, [SIGHUP])], 0, 129, [5, 6]),  # one more is ignored
+    "saving, twice": ([(RENAME, 2, [SIGINT, SIGTERM])], 2, 130, [5]),
+    "rollout, then saving": ([(GENERATE, 3, [SIGTERM]), (RENAME, 2, [SIGTERM])], 0, 130, [5]),
+    "hangup, then saving": ([(GENERATE, 3, [SIGHUP]), (RENAME, 2, [SIGHUP])], 0, 129, [5, 6]),  # one more is ignored
 }
 
 
 @pytest.mark.parametrize("stop", STOPS)
 def test_a_stop_loses_no_step_and_repeats_none(stop, small, alone, tmp_path, monkeypatch):
-    """What is saved is as of then, whatever checkpoint.every; a second signal ends the run at once. A shell starts
-    background jobs with Ctrl-C ignored: put back after the first signal, that ignored the second."""
+    """What is saved is as of then, whatever checkpoint.every; a second signal ends the run at once."""
     places, every, status, left = STOPS[stop]
     run, more = tmp_path / "my run", f"checkpoint.every={every}"
     held = tree(step(killed(alone, run, 5), 5)) if 5 in left else {}
-    handlers = {SIGINT: SIG_IGN, SIGTERM: default_int_handler, SIGHUP: default_int_handler}
+    handlers = {SIGINT: SIG_IGN, SIGTERM: default_int_handler, SIGHUP: default_int_handler}  # as a shell begins `run &`
     before = {number: signal(number, handler) for number, handler in handlers.items()}
     with monkeypatch.context() as patch:
         for (owner, name), call, signals in places:
@@ -141,13 +136,14 @@ def test_a_stop_loses_no_step_and_repeats_none(stop, small, alone, tmp_path, mon
 
 @pytest.mark.parametrize("name", ["night", "latest", "X/night"])
 def test_a_run_is_found_by_its_name_its_folder_or_as_the_latest(name, alone, tmp_path, monkeypatch):
-    """By name or by the age of the folder, `latest` was another run than the one that was just stopped."""
     parent = tmp_path / ("X" if "X" in name else "runs")
     night, older = (killed(alone, parent / name, STEPS) for name in ("night", "older"))
     os.utime(older / "metrics.jsonl", (1_000, 1_000))
     before = tree(older)
     monkeypatch.chdir(tmp_path)
     assert (train.main(["--resume", name]), differing(night, alone), tree(older)) == (0, [], before)
+    monkeypatch.chdir(night)
+    assert train.main(["--resume", ""]) == 2, "a variable that is not set"
 
 
 @pytest.mark.parametrize("steps", [STEPS - 1, STEPS, STEPS + 1])
@@ -160,15 +156,13 @@ def test_a_run_may_end_sooner_or_later_than_was_planned(steps, alone, tmp_path):
     lines, whole = ((folder / "metrics.jsonl").read_text().splitlines() for folder in (run, alone))
     assert (load_config(run / "config.yml").train.steps, len(lines)) == (steps, steps + 1)
     assert lines[: STEPS + 1] == whole[: steps + 1]
-    files = tree(run)
-    assert files[f"final/{WEIGHTS}"] == files[f"checkpoints/step-{steps:06d}/{WEIGHTS}"]
-    assert (files.items() <= tree(alone).items()) == (steps == STEPS)
+    assert tree(run / "final")[WEIGHTS] == tree(step(run, steps))[WEIGHTS]
+    assert (tree(run).items() <= tree(alone).items()) == (steps == STEPS)
 
 
 @pytest.mark.parametrize("mode", ["master", "split rollout.max_draws=2", "offload train.updates_per_batch=2"])
 def test_every_optimizer_and_cursor_resumes_exactly(mode, small, tmp_path):
-    """Bias correction and stochastic rounding follow from the optimizer's steps, which are not the training steps; nor
-    are the problems questions x steps where a step draws twice."""
+    """The optimizer's steps are not the training steps, nor are the problems questions x steps."""
     whole, recipe = tmp_path / "whole", f"train.objective=clipped model.dtype=bfloat16 train.optimizer={mode}"
     assert start(whole, *small, *SETTINGS, "train.steps=3", "rollout.group_size=2", *recipe.split()).status == 0
     first = read_progress(step(whole, 1))
@@ -232,25 +226,23 @@ FAILURES = {  # of the parts of a save, which may come from any library
     "plumbing.checkpoint.atomic_folder": KeyError("name"),
     "plumbing.logbook.Logbook.flush": RuntimeError("CUDA error"),
 }
+SAVES = [(1, "", [8]), (2, "", [7, 8]), (3, "", [6, 7, 8]), *((1, part, [6]) for part in FAILURES)]
 
 
-@pytest.mark.parametrize("part", FAILURES)
-def test_whatever_fails_in_a_save_is_reported_once_and_training_continues(part, alone, tmp_path, monkeypatch):
-    """A disk full at night ended the run; or the last checkpoint made room for the next."""
-    run = killed(alone, tmp_path / "run", 6)
+@pytest.mark.parametrize(("keep", "failing", "kept"), SAVES)
+def test_a_save_keeps_enough_and_where_it_fails_training_continues(keep, failing, kept, alone, tmp_path, monkeypatch):
+    """A disk full at night ended the run; or the last checkpoint made room for the next. A failure is reported once."""
+    run, met, save_model = killed(alone, tmp_path / "run", 6), [], checkpoint.save_model
     held = tree(step(run, 6))
-    monkeypatch.setattr(part, Mock(side_effect=FAILURES[part]))
-    done = resume(run, "checkpoint.keep=1")
-    assert [str(number) in line for number, line in zip((7, 8), done.complaints, strict=True)] == [True, True]
-    assert (done.status, saved(run), tree(step(run, 6)), differing(run, alone)) == (0, [6], held, [])
-
-
-@pytest.mark.parametrize(("keep", "met", "left"), [(1, [1, 1], [8]), (2, [1, 1], [7, 8]), (3, [1, 2], [6, 7, 8])])
-def test_so_many_checkpoints_are_kept_at_most_and_one_at_least(keep, met, left, alone, tmp_path, monkeypatch):
-    """met: how many a new one meets when it is written."""
-    run, found, save_tensors = killed(alone, tmp_path / "run", 6), [], checkpoint.save_tensors
-    monkeypatch.setattr(checkpoint, "save_tensors", lambda *of: found.append(len(saved(run))) or save_tensors(*of))
-    assert (resume(run, f"checkpoint.keep={keep}").status, found, saved(run)) == (0, met, left)
+    monkeypatch.setattr(checkpoint, "save_model", lambda *of: met.append(len(saved(run))) or save_model(*of))
+    if failing:
+        monkeypatch.setattr(failing, Mock(side_effect=FAILURES[failing]))
+    done = resume(run, f"checkpoint.keep={keep}")
+    assert (done.status, differing(run, alone), saved(run)) == (0, [], kept)
+    told = ["step 7 ", "step 8 "] if failing else []
+    assert [words in line for words, line in zip(told, done.complaints, strict=True)] == [True] * len(told)
+    assert failing or met == [1, max(1, keep - 1)], "how many a new one meets when it is written"
+    assert 6 not in kept or tree(step(run, 6)) == held
 
 
 @pytest.mark.skipif(not shutil.which("cc"), reason="needs a C compiler, for faults.c")
@@ -270,22 +262,18 @@ def save_with_faults(folder: Path) -> None:
     """At each call of a save in turn the process dies, or the call fails; prints their names as JSON: see faults.c."""
     disk = ctypes.CDLL(None)
     disk.disarm.restype = ctypes.c_char_p
-    config = load_config(ROOT / "config_tiny.yml", ["checkpoint.keep=2"])  # an older one is removed in each save
+    config = load_config(ROOT / "config_tiny.yml")  # checkpoint.keep is 2: an older one is removed in each save
     policy = Qwen2(Qwen2Config(512, 16, 32, 1, 2, 1, 8, 1e-6, 1e4, True, 64))
-    run = SimpleNamespace(folder=folder, config=config, policy=policy, logbook=SimpleNamespace(flush=dict))
-    run.optimizer, run.agent = (
-        AdamW(policy.parameters(), config.train),
-        SimpleNamespace(small_files=dict.fromkeys(SMALL, b"{}")),
-    )
+    run = Mock(folder=folder, config=config, policy=policy, optimizer=AdamW(policy.parameters(), config.train))
+    run.logbook.flush, run.agent.small_files = dict, dict.fromkeys(SMALL, b"{}")
 
     def save(number: int, call: int = 0, code: int = 0) -> tuple[str, str]:
         """The call that failed, and what was said."""
-        terminal.warn_once.cache_clear()
-        run.progress = Progress(step=number)
+        run.progress, told = Progress(step=number), []
+        terminal.warn_once = told.append
         disk.arm(call, code)
-        with contextlib.redirect_stderr(io.StringIO()) as told:
-            Run.save(run)
-        return disk.disarm().decode().removesuffix("64"), told.getvalue()
+        Run.save(run)
+        return disk.disarm().decode().removesuffix("64"), "".join(told)
 
     def files(number: int) -> dict[str, str]:
         assert read_progress(step(folder, number)).step == number

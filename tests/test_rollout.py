@@ -10,7 +10,7 @@ import io
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import cache, partial
 from types import SimpleNamespace
 
@@ -22,8 +22,8 @@ from tqdm import tqdm
 
 import rollout
 from data_types import Episode
-from grpo import response_logprobs
-from plain_policy import DEVICES, cut, plain_distribution, plain_logits, plain_response, sample, small_policy
+from plain_policy import DEVICES, cut, plain_response, sample, small_policy
+from plumbing.memory import Limit
 from qwen2_model import Qwen2
 from rollout import Decoder, Response, draw, tempered
 
@@ -45,13 +45,10 @@ class Case:
     prompts: list[list[int]]
     uniforms: Tensor  # (prompts * group, max_new_tokens)
     endless: list[Response]
-    forwards: list[tuple[int, int]] = field(default_factory=list)  # shapes of the last sampling's forward passes
 
     def sample(self, device: str, temperature=1.0, end_ids=END_IDS, **how: object) -> list[Episode]:
         """Sample, and compare with the plain sampler; no global generator may move."""
         policy = copy.deepcopy(self.policy).to(device)
-        self.forwards.clear()
-        policy.register_forward_pre_hook(lambda _, inputs: self.forwards.append(tuple(inputs[0].shape)))
         states = [torch.get_rng_state(), *torch.cuda.get_rng_state_all()]
         episodes = sample(policy, self.prompts, self.uniforms, end_ids, temperature, **how)
         assert all(map(torch.equal, states, [torch.get_rng_state(), *torch.cuda.get_rng_state_all()]))
@@ -78,9 +75,7 @@ def make_case(policy: Qwen2, lengths: list[int], group: int, max_new: int, tempe
 
 @cache
 def the_case() -> Case:
-    """Six prompts of very different lengths, eight responses each of up to 20 tokens; a fixed text or pure noise would
-    hide bugs, so responses differ, and end early, late and not at all.
-    """
+    """Six prompts, eight responses to each, which differ, and end early, late and not at all."""
     case = make_case(small_policy(seed=14), [5, 9, 2, 17, 5, 12], 8, 20, 1.0, seed=2)
     responses = [cut(response, END_IDS) for response in case.endless]
     assert len({len(r.ids) for r in responses}) > 10
@@ -94,9 +89,7 @@ def the_case() -> Case:
 @every("temperature", [1.0, 0.7, 1.6, 0.0])
 @every("shape", [{}, {"tied": False, "layers": 3, "heads": 6, "kv_heads": 1}, {"heads": 3, "kv_heads": 3}], ids=str)
 def test_tokens_and_logprobs_are_those_of_a_plain_sampler(device: str, temperature: float, shape: dict[str, int]):
-    """A cached key in the wrong place, a wrong position or head changes tokens soon. The logprob is that of the
-    distribution drawn from, so the temperature is in it (greedy draws from none: the policy's own).
-    """
+    """A wrong position or head, or a cached key in the wrong place, changes tokens soon; logprobs are tempered, too."""
     make_case(small_policy(seed=3, **shape), [3, 8, 4], 3, 9, temperature, seed=4).sample(device, temperature)
 
 
@@ -104,8 +97,11 @@ def test_tokens_and_logprobs_are_those_of_a_plain_sampler(device: str, temperatu
 @every("tokens", [1, 50, 4096])
 def test_waves_and_chunked_prefill_change_no_response(device: str, max_rows: int, tokens: int, monkeypatch: Patch):
     """A wave is whole groups, and one at least, so that each prompt is prefilled once."""
+    case, forwards, forward = the_case(), [], Qwen2.forward
+    watched = lambda self, ids, *how, **attend: forwards.append(ids.shape) or forward(self, ids, *how, **attend)  # noqa: E731
+    monkeypatch.setattr(Qwen2, "forward", watched)
     monkeypatch.setattr(rollout, "PREFILL_TOKENS", tokens)
-    episodes, forwards = the_case().sample(device, max_rows=max_rows), the_case().forwards
+    episodes = case.sample(device, rows_at_a_time=Limit("rows", max_rows))
     wave, prefills = max(1, max_rows // 8) * 8, [shape for shape in forwards if shape[1] > 1]
     assert sum(rows for rows, _ in prefills) == 6
     assert all(rows == 1 or rows * length <= tokens for rows, length in prefills)
@@ -147,7 +143,7 @@ def test_graphs_change_no_response(device: str, sizes: tuple, graphs: bool, comp
         monkeypatch.setattr(Decoder, "compact", lambda decoder: None)
     if device == "cpu":
         fake_cuda_graphs(monkeypatch)
-    episodes = the_case().sample(device, graphs=graphs, steps_per_check=sizes[2], max_rows=20)
+    episodes = the_case().sample(device, graphs=graphs, steps_per_check=sizes[2], rows_at_a_time=Limit("rows", 20))
     assert sum(bar.n for bar in bars) == sum(len(e.response_ids) for e in episodes)  # none computed after their end
 
 
@@ -171,49 +167,6 @@ def test_every_end_id_ends_a_response_and_is_kept(device: str):
     for end_ids in ({96}, {0}, {last}, {common[1]}, set(common[2:4]), set(common[4:9])):
         episodes = the_case().sample(device, end_ids=end_ids)
         assert {e.response_ids[-1] for e in episodes if not e.truncated} == end_ids
-
-
-@every("temperature", [1.0, 0.7])
-def test_recorded_logprobs_are_those_the_trainer_computes(device: str, temperature: float):
-    """In bf16, which rounds what comes out of each layer, decode and training add up in different orders."""
-    case = the_case()
-    for dtype, bound in ((torch.float32, 1e-5), (torch.bfloat16, 0.01)):
-        policy, gaps = copy.deepcopy(case.policy).to(device, dtype), []
-        episodes = sample(policy, case.prompts, case.uniforms, END_IDS, temperature)
-        for other in (temperature, 1.05 * temperature):
-            trained, _ = response_logprobs(policy, episodes, other)
-            recorded = torch.tensor([logprob for e in episodes for logprob in e.old_logprobs])
-            gaps.append((trained.cpu() - recorded).abs().mean().item())
-        assert gaps[0] < bound < gaps[1]  # so the bound means something
-
-
-def test_logits_of_a_bf16_policy_are_not_rounded_to_bf16(device: str):
-    """Rounded, a logit near 6 is off by up to 0.016, in sampler and trainer alike. Where the hidden state is the same
-    to the last bit (a lone prompt's last token), the logprob must be that of the exact matmul.
-    """
-    case, policy = the_case(), copy.deepcopy(the_case().policy).to(device, torch.bfloat16)
-    for prompt, uniforms in zip(case.prompts, case.uniforms[::8], strict=True):
-        episodes = sample(policy, [prompt], uniforms[None, :1], [])
-        trained, _ = response_logprobs(policy, episodes, 1.0)
-        (token,), (recorded,) = episodes[0].response_ids, episodes[0].old_logprobs
-        rows = plain_logits(policy, prompt)[-1], plain_logits(policy, [*prompt, token])[-2]
-        exact = [np.log(plain_distribution(logits, 1.0)[token]) for logits in rows]
-        assert [recorded, trained.item()] == pytest.approx(exact, abs=2e-5)
-
-
-# ---- Drawing from a distribution -------------------------------------------------------------------------------
-
-
-@every(("temperature", "expected"), [(1.0, [0.1, 0.4, 0, 0.2, 0.3]), (0.5, [1 / 30, 16 / 30, 0, 4 / 30, 9 / 30])])
-def test_evenly_spaced_numbers_draw_their_share(device: str, temperature: float, expected: list[float]):
-    """By hand: at temperature 1/2 probabilities go with the squares of 1 : 4 : 2 : 3."""
-    logits, possible = torch.tensor([[0.1, 0.4, 0.0, 0.2, 0.3]]).log() + 3.0, np.flatnonzero(expected)
-    assert plain_distribution(logits[0].double().numpy(), temperature) == pytest.approx(expected, abs=1e-6)
-    uniforms = torch.cat(((torch.arange(10_000) + 0.5) / 10_000, torch.tensor([0.0, JUST_BELOW_ONE])))
-    tokens, logprobs = draw(logits.to(device).expand(10_002, -1), uniforms.to(device), temperature)
-    assert tokens[-2:].tolist() == [possible[0], possible[-1]]
-    assert np.bincount(tokens[:-2].cpu(), minlength=5) == pytest.approx(np.multiply(expected, 10_000), abs=1.01)
-    assert logprobs.exp().cpu() == pytest.approx(np.array(expected)[tokens.cpu()], abs=1e-6)
 
 
 @every("temperature", [1.0, 0.7, 0.0])
