@@ -137,9 +137,7 @@ MAX_NUMBER = 1_000_000  # of numbers and target; more is a mistake in the data, 
 class Settings(DataSettings):
     """The task, where its problems are, and which of them to keep."""
 
-    fewest_numbers: int = setting(2, "problems with at least so many numbers", at_least=2, at_most=6)
     most_numbers: int = setting(6, "problems with at most so many numbers", at_least=2, at_most=6)
-    target_low: int = setting(1, "problems with a target of at least this", at_least=1)
     target_high: int = setting(1_000_000, "problems with a target of at most this", at_least=1)
 
 
@@ -150,12 +148,9 @@ def load_problems(data: Settings) -> list[Problem]:
     UserError when a file cannot be read or no problem is left.
     """
     problems = read_problems(data.path, ["nums", "target"], problem_from_row)
-    fewest, most, low, high = data.fewest_numbers, data.most_numbers, data.target_low, data.target_high
-    kept = [p for p in problems if fewest <= len(p.numbers) <= most and low <= p.target <= high]
+    kept = [p for p in problems if len(p.numbers) <= data.most_numbers and p.target <= data.target_high]
     if not kept:
-        raise UserError(
-            f"{data.path}: none of {len(problems)} problems passes data.fewest_numbers to target_high"
-        )
+        raise UserError(f"{data.path}: no problem passes data.most_numbers and data.target_high: raise them")
     return kept
 
 

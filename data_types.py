@@ -103,11 +103,10 @@ class TrainSettings:
     beta2: float = setting(0.999, "decay of AdamW's mean of squared gradients", at_least=0, below=1)
     max_grad_norm: float = setting(1.0, "larger gradients are scaled down", also="max_norm", above=0)
     divide_by_std: bool = setting(True, "divide advantages by the group's std; Dr. GRPO: false")
-    objective: str = setting("reinforce", "see grpo.py", "reinforce", "clipped", "truncated_is")
+    objective: str = setting("reinforce", "see grpo.py", "reinforce", "clipped", "gspo", "cispo")
     updates_per_batch: int = setting(1, "optimizer steps per batch", also="num_iterations mu", at_least=1)
-    clip_low: float = setting(0.2, "clipped: least ratio, 1 - this", also="epsilon", above=0, at_most=1)
-    clip_high: float = setting(0.28, "clipped: largest ratio, 1 + this", also="epsilon", above=0)
-    ratio_cap: float = setting(2.0, "truncated_is: largest ratio", above=0)
+    clip_low: float = setting(0.2, "clipped, gspo: least ratio, 1 - this", also="epsilon", above=0, at_most=1)
+    clip_high: float = setting(0.28, "largest ratio, 1 + this", also="epsilon", above=0)
     divide_loss_by: str = setting(
         "limit", "the denominator", "tokens", "responses", "limit", also="loss_type"
     )

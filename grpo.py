@@ -14,7 +14,8 @@ The paper is DeepSeekMath (arXiv 2402.03300), section 4.1. How this departs from
 The other choices on which the papers differ are settings too, a line or two each:
 
     objective          reinforce; clipped: PPO (arXiv 1707.06347) eq. 7, clip-higher as in DAPO (arXiv 2503.14476);
-                       truncated_is: truncated importance sampling, as in V-trace (arXiv 1802.01561)
+                       gspo (arXiv 2507.18071) eq. 5: clipped, with the ratio of whole responses; cispo
+                       (arXiv 2506.13585) eq. 4: the capped ratio as a weight, truncated importance sampling
     divide_by_std      false: Dr. GRPO
     divide_loss_by     tokens: DAPO eq. 8; responses: DeepSeekMath eq. 3; limit: Dr. GRPO
     truncated          mask: truncated responses leave the loss (DAPO section 3.4); keep: they stay, without the
@@ -22,19 +23,21 @@ The other choices on which the papers differ are settings too, a line or two eac
 """
 
 import math
+from itertools import groupby
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from data_types import CHUNK_TOKENS, Config, Episode, TrainSettings
 from optimizer import AdamW
-from plumbing.ranks import all_reduce_gradients, pad_with_empty_batches, rank, unsharded, world_size
+from plumbing.ranks import all_reduce_gradients, pad_with_empty_batches, shard_of, unsharded
 from plumbing.terminal import progress_bar
-from qwen2_model import Qwen2
+from qwen2_model import Qwen2, causal_attention, rope_tables
 from rollout import tempered
 
-MAX_PADDING = 0.05  # share of a micro-batch that may be padding
+MAX_PADDING = 0.2  # share of a table of rows that may be padding
 
 
 def assign_advantages(episodes: list[Episode], config: Config) -> None:
@@ -74,24 +77,27 @@ def assign_token_weights(episodes: list[Episode], config: Config) -> None:
         episode.token_weight = 1.0 / denominator[config.train.divide_loss_by]
 
 
-def objective(logprobs: Tensor, old_logprobs: Tensor, advantage: Tensor, settings: TrainSettings) -> Tensor:
-    """The objective of each response token, which the update maximizes; all are (N,).
+def objective(
+    logprobs: Tensor, old_logprobs: Tensor, advantage: Tensor, lengths: list[int], settings: TrainSettings
+) -> Tensor:
+    """The objective of each response token, which the update maximizes; all tensors are (N,).
 
-    `old_logprobs` are the sampler's, so `ratio` is the policy's probability of a token over the sampler's.
+    `old_logprobs` are the sampler's, so `ratio` is the policy's probability of a token over the sampler's. lengths:
+    of the responses, which stand one after the other.
     """
     log_ratio = logprobs - old_logprobs
+    if settings.objective == "gspo":  # one ratio per response: the geometric mean of those of its tokens
+        log_ratio = torch.cat([part.mean().expand(len(part)) for part in log_ratio.split(lengths)])
     ratio = log_ratio.exp()
     if settings.objective == "reinforce":
         return advantage * logprobs
-    if settings.objective == "truncated_is":
-        return ratio.detach().clamp(max=settings.ratio_cap) * advantage * logprobs
+    if settings.objective == "cispo":
+        return ratio.detach().clamp(max=1 + settings.clip_high) * advantage * logprobs
     clipped_ratio = ratio.clamp(1 - settings.clip_low, 1 + settings.clip_high)
     return torch.minimum(ratio * advantage, clipped_ratio * advantage)
 
 
-def accumulate_gradient(
-    policy: Qwen2, episodes: list[Episode], config: Config, budget: int
-) -> dict[str, float]:
+def accumulate_gradient(policy: Qwen2, batch: list[Episode], config: Config, budget: int) -> dict[str, float]:
     """Leave the gradient of the batch's loss in the parameters' .grad: eq. 3, with the sign flipped.
 
     budget: tokens per micro-batch. Returns the loss and, as means over the tokens of the active rows (of the first
@@ -99,21 +105,21 @@ def accumulate_gradient(
     clip_fraction (ratios outside the clip).
     """
     policy.zero_grad(set_to_none=True)
-    active = [episode for episode in episodes if episode.active] or episodes[:1]
-    mine = sorted(active, key=lambda episode: -episode.length)[rank() :: world_size()]
-    batches = micro_batches(mine, budget)
+    active = [episode for episode in batch if episode.active] or batch[:1]
+    groups = [list(group) for _, group in groupby(active, key=lambda episode: episode.prompt_ids)]
+    batches = micro_batches(groups[shard_of(len(groups))], budget)
     sums = torch.zeros(5, dtype=torch.float64)
-    with progress_bar("updating", " rows", len(mine)) as bar:
-        for number, batch in enumerate(pad_with_empty_batches(policy, batches, active[-1])):
-            rows = [(e.advantage, e.token_weight, old) for e in batch for old in e.old_logprobs]
-            columns = torch.tensor(rows, dtype=torch.float32, device=policy.head.device)  # (N, 3)
-            advantage, token_weight, old_logprobs = columns.unbind(dim=1)  # (N,) each
-            logprobs, entropy = response_logprobs(policy, batch, config.rollout.temperature)  # (N,)
-            loss = -(token_weight * objective(logprobs, old_logprobs, advantage, config.train)).sum()
-            loss.backward()
-            if number < len(batches):  # the others pad
-                sums += statistics(loss, entropy, logprobs - old_logprobs, config.train)
-                bar.update(len(batch))
+    padded = pad_with_empty_batches(policy, batches, active[-1])
+    for number, episodes in enumerate(progress_bar("updating", " micro-batches", padded)):
+        rows = [(e.advantage, e.token_weight, old) for e in episodes for old in e.old_logprobs]
+        columns = torch.tensor(rows, dtype=torch.float32, device=policy.head.device)  # (N, 3)
+        advantage, token_weight, old_logprobs = columns.unbind(dim=1)  # (N,) each
+        logprobs, entropy = response_logprobs(policy, episodes, config.rollout.temperature)  # (N,) each
+        lengths = [len(episode.response_ids) for episode in episodes]
+        loss = -(token_weight * objective(logprobs, old_logprobs, advantage, lengths, config.train)).sum()
+        loss.backward()
+        if number < len(batches):  # the others pad
+            sums += statistics(loss, entropy, logprobs - old_logprobs, config.train)
     all_reduce_gradients(policy, sums)
     tokens = sum(len(episode.response_ids) for episode in active)
     names = ("entropy", "approx_kl", "logprob_gap", "clip_fraction")
@@ -141,26 +147,86 @@ def apply_gradient(policy: Qwen2, optimizer: AdamW, max_norm: float) -> float:
     return norm
 
 
-# ---- Micro-batches and logprobs ------------------------------------------------------------------------------
+# ---- Micro-batches: every prompt once --------------------------------------------------------------------------
 
 
-def micro_batches(episodes: list[Episode], budget: int) -> list[list[Episode]]:
-    """Episodes, longest first, cut into micro-batches of at most `budget` tokens, of which at most 5 % is padding.
+def micro_batches(groups: list[list[Episode]], budget: int) -> list[list[Episode]]:
+    """Episodes in micro-batches that fit the budget, those of a group together, the largest groups first.
 
-    Running out of memory shows in the first micro-batch, therefore. A row longer than the budget gets one of its
-    own. A token's weight does not depend on how the batch is cut, so neither does the gradient.
+    So running out of memory shows in the first micro-batch. A group is split only where it has more tokens than the
+    budget; a single episode may have more. A token's weight does not depend on how the batch is cut, so neither does
+    the gradient.
     """
-    batches: list[list[Episode]] = []
-    tokens = 0  # of the last micro-batch, padding left out
-    for episode in episodes:
-        area = (len(batches[-1]) + 1) * batches[-1][0].length if batches else 0
-        tokens += episode.length
-        if batches and area <= budget and tokens >= (1 - MAX_PADDING) * area:
+    batches: list[list[Episode]] = [[]]
+    for group in sorted(groups, key=packed_tokens, reverse=True):
+        if not fits(batches[-1] + group, budget):
+            batches.append([])
+        for episode in group:
+            if not fits([*batches[-1], episode], budget):
+                batches.append([])
             batches[-1].append(episode)
-        else:
-            batches.append([episode])
-            tokens = episode.length
-    return batches
+    return [batch for batch in batches if batch]
+
+
+def fits(episodes: list[Episode], budget: int) -> bool:
+    """Attention sees whole rows: long prompts with short responses would gather many times the budget."""
+    return packed_tokens(episodes) <= budget and sum(episode.length for episode in episodes) <= 2 * budget
+
+
+def packed_tokens(episodes: list[Episode]) -> int:
+    """Tokens of responses and prompts, a group's prompt counted once."""
+    prompts = [prompt for prompt, _ in groupby(episode.prompt_ids for episode in episodes)]
+    return sum(map(len, prompts)) + sum(len(episode.response_ids) for episode in episodes)
+
+
+class PackedBatch:
+    """The tokens of a micro-batch in one line: each group's prompt once, then its responses, without padding.
+
+    A prompt's hidden states do not depend on what follows it, so the rows of a group share them: embedding, linear
+    layers, norms and head run on the line. Attention alone runs on rows: `attend` gathers each row's q, k and v from
+    the line and puts each token's output back. Rows of about equal length stand in one table, padded on the right.
+    """
+
+    def __init__(self, policy: Qwen2, episodes: list[Episode]) -> None:
+        line: list[tuple[int, int]] = []  # each token and its position in its row
+        rows: list[list[int]] = []  # each episode's places in the line
+        predicting: list[int] = []
+        for prompt, group in groupby(episodes, key=lambda episode: episode.prompt_ids):
+            shared = range(len(line), len(line) + len(prompt))
+            line += zip(prompt, range(len(prompt)), strict=True)
+            for episode in group:
+                rows.append([*shared, *range(len(line), len(line) + len(episode.response_ids))])
+                line += zip(episode.response_ids, range(len(prompt), episode.length), strict=True)
+                predicting += rows[-1][len(prompt) - 1 : -1]  # a token is predicted by the one before it
+        tokens, positions = torch.tensor(line, device=policy.head.device).unbind(dim=1)  # (L,) each
+        self.tokens, self.rope = tokens[None], rope_tables(policy.config, positions[None])  # (1, L)
+        self.predicting = torch.tensor(predicting, device=tokens.device)  # (N,)
+        self.tables, back, begin = [], torch.empty(len(line), dtype=torch.long), 0
+        rows.sort(key=len, reverse=True)
+        while rows:
+            width = len(rows[0])
+            similar = [row for row in rows if len(row) >= (1 - MAX_PADDING) * width]
+            table = torch.tensor([row + row[:1] * (width - len(row)) for row in similar])  # (B, T)
+            for number, row in enumerate(similar):
+                back[row] = torch.arange(begin + number * width, begin + number * width + len(row))
+            begin += table.numel()
+            self.tables.append(table.to(tokens.device))
+            rows = rows[len(similar) :]
+        self.back = back.to(
+            tokens.device
+        )  # (L,): where the tables have a token; a shared one in its last row
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Causal attention within the rows: q (1, Hq, L, D), k and v (1, Hkv, L, D), output (1, Hq, L, D)."""
+        heads = [x.shape[1] for x in (q, k, v)]
+        line = torch.cat((q, k, v), dim=1)[0].transpose(0, 1).flatten(1)  # (L, H * D)
+        mixed = []
+        for table in self.tables:
+            # as an embedding, whose backward adds up what the rows send to a shared token in order, not by atomics
+            rows = F.embedding(table, line).unflatten(2, (-1, q.shape[-1])).transpose(1, 2)  # (B, H, T, D)
+            output = causal_attention(layer, *rows.split(heads, dim=1))  # (B, Hq, T, D)
+            mixed.append(output.transpose(1, 2).flatten(0, 1))  # (B * T, Hq, D)
+        return torch.cat(mixed).index_select(0, self.back).transpose(0, 1)[None]
 
 
 def response_logprobs(policy: Qwen2, episodes: list[Episode], temperature: float) -> tuple[Tensor, Tensor]:
@@ -169,17 +235,11 @@ def response_logprobs(policy: Qwen2, episodes: list[Episode], temperature: float
     Only the positions that predict a response token reach the head, in chunks whose logits are computed again in
     backward, so (N, V) never exists at once.
     """
-    device, tokens = policy.head.device, []
-    predicting: list[int] = []  # positions in the flattened batch
-    width = max(episode.length for episode in episodes)
-    for row, episode in enumerate(episodes):
-        tokens.append(episode.prompt_ids + episode.response_ids + [0] * (width - episode.length))
-        # the token at t is predicted by the hidden state at t - 1
-        predicting += range(row * width + len(episode.prompt_ids) - 1, row * width + episode.length - 1)
-    hidden = policy(torch.tensor(tokens, device=device)).flatten(0, 1)  # (B * T, hidden)
-    hidden = hidden.index_select(0, torch.tensor(predicting, device=device))  # (N, hidden)
+    batch = PackedBatch(policy, episodes)
+    hidden = policy(batch.tokens, batch.rope, batch.attend)[0]  # (L, hidden)
+    hidden = F.embedding(batch.predicting, hidden)  # (N, hidden)
     response_ids = [token for episode in episodes for token in episode.response_ids]
-    targets = torch.tensor(response_ids, device=device)  # (N,)
+    targets = torch.tensor(response_ids, device=hidden.device)  # (N,)
 
     def chunk(hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         distribution = tempered(policy.logits(hidden), temperature).log_softmax(dim=-1)  # (C, V)

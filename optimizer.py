@@ -30,7 +30,6 @@ from torch import Tensor, nn
 
 from data_types import TrainSettings
 
-EPSILON = 1e-8
 SLICE = 2**24  # elements updated at a time: temporaries of a whole embedding are gigabytes
 
 
@@ -121,7 +120,7 @@ class AdamW:
         mean, square = state["mean"].float(), state["square"].float()
         mean.lerp_(gradient, 1 - beta1)
         square.mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)
-        deviation = (square / (1 - beta2**self.steps)).sqrt_().add_(EPSILON)
+        deviation = (square / (1 - beta2**self.steps)).sqrt_().add_(1e-8)
         exact.mul_(1 - rate * self.settings.weight_decay)
         exact.addcdiv_(mean, deviation, value=-rate / (1 - beta1**self.steps))
         if split:

@@ -25,6 +25,7 @@ from torch.utils.checkpoint import checkpoint
 # attend(layer index, q, k, v) -> attention output; q and the output are (B, query heads, T, D), k and v
 # (B, kv heads, T, D)
 Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
+Rope = tuple[Tensor, Tensor]  # cos and signed sin of the rotary angles, fp32, each (B, T, 1, D)
 
 
 @dataclass(frozen=True)
@@ -44,11 +45,11 @@ class Qwen2Config:
     max_position_embeddings: int
 
 
-def rope_tables(config: Qwen2Config, positions: Tensor) -> tuple[Tensor, Tensor]:
-    """cos and signed sin of the rotary angles, fp32, each (B, T, 1, D), for positions (B, T)."""
+def rope_tables(config: Qwen2Config, positions: Tensor) -> Rope:
+    """The rotary angles of positions (B, T): each token's place in its row."""
     dimension = torch.arange(0, config.head_dim, 2, dtype=torch.float32, device=positions.device)
     frequency = 1.0 / config.rope_theta ** (dimension / config.head_dim)  # (D/2,)
-    angle = positions[:, :, None, None].float() * frequency
+    angle = positions[..., None, None].float() * frequency  # (B, T, 1, D/2)
     cos, sin = angle.cos(), angle.sin()
     return torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)
 
@@ -147,22 +148,19 @@ class Qwen2(nn.Module):
         """The output matrix, (V, hidden): the embedding's own weights where the model ties them."""
         return (self.embed_tokens if self.config.tie_word_embeddings else self.lm_head).weight
 
-    def forward(
-        self, tokens: Tensor, positions: Tensor | None = None, attend: Attend = causal_attention
-    ) -> Tensor:
+    def forward(self, tokens: Tensor, rope: Rope | None = None, attend: Attend = causal_attention) -> Tensor:
         """Hidden states (B, T, hidden) after the last norm, for token ids (B, T).
 
-        positions (B, T) are each token's place in its row; None counts from zero.
+        rope: of each token's position, from `rope_tables`; None counts the positions from zero.
         """
-        if positions is None:
-            positions = torch.arange(tokens.shape[1], device=tokens.device)[None]
-        cos, sin = rope_tables(self.config, positions)
+        if rope is None:
+            rope = rope_tables(self.config, torch.arange(tokens.shape[1], device=tokens.device)[None])
         x = self.embed_tokens(tokens)
         for layer in self.layers:
             if self.checkpoint_layers and torch.is_grad_enabled():
-                x = checkpoint(layer, x, cos, sin, attend, use_reentrant=False, preserve_rng_state=False)
+                x = checkpoint(layer, x, *rope, attend, use_reentrant=False, preserve_rng_state=False)
             else:
-                x = layer(x, cos, sin, attend)
+                x = layer(x, *rope, attend)
         return self.norm(x)
 
     def logits(self, hidden: Tensor, head: Tensor | None = None) -> Tensor:

@@ -30,8 +30,8 @@ from data_types import COLUMN_BLOCK, PREFILL_TOKENS, Episode
 from plumbing.memory import Limit
 from plumbing.ranks import all_gather, shard_of, unsharded_copy
 from plumbing.tasks import Task
-from plumbing.terminal import progress_bar, warn
-from qwen2_model import Qwen2, causal_attention
+from plumbing.terminal import one_line, progress_bar, warn_once
+from qwen2_model import Qwen2, causal_attention, rope_tables
 from tokenizer import Tokenizer
 
 ROW_BLOCK = 32  # rows of a CUDA graph come in blocks, as cache columns do
@@ -99,7 +99,7 @@ class Sampler:
         group, limit = len(uniforms) // len(prompts), uniforms.shape[1]
         prompts = prompts[: max(1, max_rows // group)]
         uniforms = uniforms[: len(prompts) * group].to(policy.head.device)
-        cache = KVCache(policy, [len(prompt) for prompt in prompts], group, limit)
+        cache = KVCache(policy, [len(prompt) for prompt in prompts], group, limit, self.graphs)
         decoder = Decoder(policy, cache, uniforms, self.tokenizer.end_ids, temperature)
         steps = GraphedSteps(decoder) if self.graphs else decoder
         decoder.prefill(prompts)
@@ -111,9 +111,6 @@ class Sampler:
                     sampled += 1
                 decoder.compact()
                 bar.update(int(decoder.lengths.sum()) - bar.n)
-        if isinstance(steps, GraphedSteps) and steps.refused:
-            self.graphs = False
-            warn(f"decoding without CUDA graphs, more slowly: {steps.refused}")
         return decoder.responses()
 
 
@@ -155,17 +152,21 @@ class KVCache:
     Prompts end at the same column and so start at different ones: `start` (rows,) is each row's first real column.
     """
 
-    def __init__(self, policy: Qwen2, prompt_lengths: list[int], group: int, max_new: int) -> None:
+    def __init__(
+        self, policy: Qwen2, prompt_lengths: list[int], group: int, max_new: int, graphs: bool = False
+    ) -> None:
         config, weight = policy.config, policy.head
         self.group, self.prompt_columns = group, max(prompt_lengths)
         rows, columns = len(prompt_lengths) * group, round_up(self.prompt_columns + max_new, COLUMN_BLOCK)
         shape = (config.num_hidden_layers, 2, rows, config.num_key_value_heads, columns, config.head_dim)
         # zeros: a graph reads columns before they are written, and a nan there would spread even with weight 0
-        self.data = torch.zeros(shape, dtype=weight.dtype, device=weight.device)
+        empty = torch.zeros if graphs else torch.empty
+        self.data = empty(shape, dtype=weight.dtype, device=weight.device)
         starts = [self.prompt_columns - length for length in prompt_lengths for _ in range(group)]
         self.start = torch.tensor(starts, device=weight.device)  # (rows,)
         self.column = torch.tensor([self.prompt_columns], device=weight.device)  # of the next token
         self.columns = torch.arange(columns, device=weight.device)
+        self.rope = rope_tables(config, self.columns)  # once: of every position that a row may reach
 
     def select_prompts(self, first: int, lengths: list[int]) -> None:
         """Prepare the prefill of the prompts from index `first` on: where each token's keys and values go."""
@@ -265,7 +266,8 @@ class Decoder:
         """One token for the first n slots, attending to the first `columns` columns."""
         self.cache.mask_columns(n, columns)
         positions = self.cache.column - self.cache.start[:n, None]  # (n, 1)
-        hidden = self.policy(self.last[:n, None], positions, self.cache.attend_new)  # (n, 1, hidden)
+        cos, sin = (table[positions] for table in self.cache.rope)  # (n, 1, 1, D)
+        hidden = self.policy(self.last[:n, None], (cos, sin), self.cache.attend_new)  # (n, 1, hidden)
         self.cache.column += 1
         self.record(self.policy.logits(hidden[:, 0], self.head))
 
@@ -308,7 +310,7 @@ class GraphedSteps:
         self.decoder = decoder
         self.graphs: dict[tuple[int, int], torch.cuda.CUDAGraph | None] = {}
         self.pool = torch.cuda.graph_pool_handle()
-        self.refused = ""  # why CUDA could not capture a graph
+        self.refused = False  # whether CUDA could not capture a graph
 
     def step(self, rows: int, columns: int) -> None:
         rows = min(round_up(rows, ROW_BLOCK), len(self.decoder.rows))
@@ -334,6 +336,7 @@ class GraphedSteps:
                 torch._C._cuda_endAllocateToPool(torch.cuda.current_device(), self.pool)
             if "captur" not in str(error):
                 raise
-            self.refused = str(error).partition("\n")[0]
+            self.refused = True
+            warn_once(f"decoding without CUDA graphs, more slowly: {one_line(error)}")
             return None
         return graph

@@ -54,7 +54,7 @@ def check_combinations(path: str | Path, config: Config) -> None:
     if train.shard and train.optimizer != "master":
         raise UserError(f"{path}: train.shard goes with train.optimizer=master, not {train.optimizer}")
     if train.objective == "reinforce" and train.updates_per_batch > 1:  # the second update is off-policy
-        raise UserError(f"{path}: train.updates_per_batch above 1 needs train.objective clipped or truncated_is")
+        raise UserError(f"{path}: train.updates_per_batch above 1 needs train.objective clipped, gspo or cispo")
 
 
 def sections(task: str) -> dict[str, Any]:

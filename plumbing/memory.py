@@ -94,15 +94,18 @@ def plan_memory(
     columns = math.ceil(longest / COLUMN_BLOCK) * COLUMN_BLOCK
     row_cache = 2 * layers * shape.num_key_value_heads * shape.head_dim * columns * size
     row_logits = 2 * 12 * vocabulary  # logits, probabilities, running sum; again in the graphs' pool
-    prefill = max(PREFILL_TOKENS, prompt_tokens) * 1.25 * activations(shape, size)
+    prefill = 1.25 * activations(shape, size, max(PREFILL_TOKENS, prompt_tokens), 0)
     wanted = max(responses, math.ceil(config.data.held_out / ranks))
     copy = weights * size if parts > 1 else 0  # all the weights, to sample with
     room = available - sum(always.values()) - prefill - copy
     rows = max(rollout.group_size, int(min(wanted, room / (row_cache + row_logits))))
     sampling = {"cache": rows * row_cache, "logits or prefill": max(rows * row_logits, prefill), "copy": copy}
 
-    tokens = min(max(train.tokens_per_microbatch, longest), responses * longest)
-    layer = tokens * activations(shape, size)
+    # a micro-batch has each prompt once; its rows, which attention sees, may be twice as long (grpo.fits)
+    everything = questions * prompt_tokens + responses * rollout.max_new_tokens, responses * longest
+    limits = max(train.tokens_per_microbatch, longest), max(2 * train.tokens_per_microbatch, longest)
+    tokens, row_tokens = map(min, everything, limits)
+    layer = activations(shape, size, tokens, row_tokens)
     # activations that backward needs, or with checkpointing each layer's input
     kept = layers * (tokens * shape.hidden_size * size if train.activation_checkpointing else layer)
     embedding = 4 * vocabulary * shape.hidden_size  # the gradient of the embedding, which the head may share, fp32
@@ -120,11 +123,11 @@ def plan_memory(
     return MemoryPlan(always, sampling, update, rows)
 
 
-def activations(shape: Qwen2Config, size: int) -> float:
-    """Bytes per token that one layer keeps for backward: norms, q/k/v, attention, SwiGLU."""
-    queries = shape.num_attention_heads * shape.head_dim
-    keys = shape.num_key_value_heads * shape.head_dim
-    return size * (4 * shape.hidden_size + 2 * queries + 2 * keys + 4 * shape.intermediate_size)
+def activations(shape: Qwen2Config, size: int, tokens: int, row_tokens: int) -> float:
+    """Bytes that one layer keeps for backward: norms, attention's output and SwiGLU per token, q/k/v/output per row."""
+    queries, keys = (heads * shape.head_dim for heads in (shape.num_attention_heads, shape.num_key_value_heads))
+    per_token = 4 * shape.hidden_size + queries + 4 * shape.intermediate_size
+    return size * (tokens * per_token + row_tokens * 2 * (queries + keys))
 
 
 def check_memory(config: Config, shape: Qwen2Config, prompt_tokens: int, device: torch.device) -> int:

@@ -112,7 +112,7 @@ def shard_weights(policy: Qwen2, device: torch.device) -> None:
 
     mesh = init_device_mesh(device.type, (world_size(),))
     for module in (*policy.layers, policy):
-        precision = MixedPrecisionPolicy(param_dtype=policy.dtype, reduce_dtype=torch.float32)
+        precision = MixedPrecisionPolicy(policy.dtype, torch.float32, cast_forward_inputs=False)
         sharded: Any = fully_shard(module.float(), mesh=mesh, mp_policy=precision)
         sharded.set_gradient_divide_factor(1.0)  # gradients are summed, not averaged
         sharded.set_force_sum_reduction_for_comms(True)  # gloo can do nothing else

@@ -176,7 +176,7 @@ class Run:
         """The steps that are left; Interrupted between two of them when a signal came."""
         steps, done = self.config.train.steps, self.progress.step
         self.step_began = time.perf_counter()
-        with progress_bar("training", " steps", steps, done) as bar:
+        with progress_bar("training", " steps", total=steps, done=done) as bar:
             for step in range(done + 1, steps + 1):
                 self.stop_if_asked()
                 yield step

@@ -10,7 +10,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from functools import lru_cache
-from typing import NoReturn, TextIO
+from typing import Any, NoReturn, TextIO
 
 from safetensors import SafetensorError
 from tqdm import tqdm
@@ -37,10 +37,10 @@ def is_rank_zero() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
-def progress_bar(what: str, unit: str, total: int | None = None, done: int = 0) -> tqdm:
-    """A bar that disappears when its work is done; none where there is no terminal."""
-    hidden = None if is_rank_zero() else True
-    return tqdm(desc=what, unit=unit, total=total, initial=done, unit_scale=not total, leave=False, disable=hidden)
+def progress_bar(what: str, unit: str, work: Any = None, total: int | None = None, done: int = 0) -> tqdm:
+    """A bar over `work` (or updated by hand) that disappears when it is done; none where there is no terminal."""
+    options: Any = {"unit_scale": work is None and not total, "disable": None if is_rank_zero() else True}
+    return tqdm(work, desc=what, unit=unit, total=total, initial=done, leave=False, **options)
 
 
 def say(text: str, end: str = "\n", file: TextIO | None = None) -> None:

@@ -84,6 +84,9 @@ def assert_same_gradient(gradient: dict[str, Tensor], expected: dict[str, Tensor
 
 
 def active_episodes(*lengths: tuple[int, int]) -> list[Episode]:
-    """Episodes that add to the gradient, with so many tokens of (prompt, response); what they say does not matter."""
+    """Episodes of groups of their own, with so many tokens of (prompt, response); what they say does not matter."""
     weights = {"advantage": 1.0, "token_weight": 1e-4}
-    return [Episode(Problem((1, 2), 3), [1] * p, [2] * n, [-1.0] * n, False, "", **weights) for p, n in lengths]
+    return [
+        Episode(Problem((1, 2), 3), [i % 100] * p, [2] * n, [-1.0] * n, False, "", **weights)
+        for i, (p, n) in enumerate(lengths)
+    ]

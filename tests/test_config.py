@@ -42,7 +42,7 @@ def load(tmp_path):
 
 LIMITS = """rollout.group_size=2 rollout.questions_per_step=1 rollout.max_draws=100 rollout.temperature=0.01
     train.learning_rate=1 train.steps=999999 train.seed=4294967295 train.beta1=0 train.clip_low=1 train.threads=1024
-    train.updates_per_batch=2 train.objective=clipped data.held_out=1 data.fewest_numbers=6 eval.every=0
+    train.updates_per_batch=2 train.objective=clipped data.held_out=1 data.most_numbers=6 eval.every=0
     checkpoint.keep=1 output.samples=0"""  # of what is accepted
 
 
@@ -92,11 +92,11 @@ BAD_VALUES = """rollout.group_size=1 rollout.group_size=16.0 rollout.group_size=
     train.steps=1000000 train.steps=0 train.seed=4294967296 train.seed=-1 train.warmup_steps=-1 train.schedule=linear
     train.weight_decay=-0.1 train.optimizer=adam train.beta1=1 train.beta2=1 train.beta2=-0.1 train.max_grad_norm=0
     train.divide_by_std=1 train.objective=ppo train.updates_per_batch=0 train.clip_low=0 train.clip_low=2
-    train.clip_high=0 train.ratio_cap=0 train.shard=no train.divide_loss_by=token train.truncated=penalize
+    train.clip_high=0 train.shard=no train.divide_loss_by=token train.truncated=penalize
     train.tokens_per_microbatch=0 train.tokens_per_microbatch=8k train.activation_checkpointing=off train.max_skips=0
     train.threads=1025 model.path='' model.path=[tiny] model.revision=[main] model.device=gpu model.device=cuda:first
     model.dtype=float16 data.task=../run data.task=nowhere data.path={} data.revision={} data.held_out=0
-    data.fewest_numbers=1 data.fewest_numbers=7 data.most_numbers=7 data.most_numbers=1 data.target_low=0
+    data.most_numbers=7 data.most_numbers=1
     data.target_high=0 eval.every=-1 checkpoint.every=-5 checkpoint.keep=0 output.folder= output.samples=-1"""
 
 

@@ -185,10 +185,9 @@ def test_a_file_without_a_good_row_or_the_columns_or_cut_is_refused_by_name(tmp_
 
 def test_filters(tmp_path):
     file = write(tmp_path / "a.parquet", [[1, 2], [1, 2, 3], [1, 2, 3, 4], [5, 6, 7]], [3, 6, 10, 18])
-    assert [p.target for p in load(file, fewest_numbers=3)] == [6, 10, 18]
     assert [p.target for p in load(file, most_numbers=3)] == [3, 6, 18]
-    assert [p.target for p in load(file, target_low=6, target_high=10)] == [6, 10]
-    check_refusal(file, "data.fewest_numbers", fewest_numbers=4, most_numbers=3)
+    assert [p.target for p in load(file, target_high=10)] == [3, 6, 10]
+    check_refusal(file, "data.most_numbers", target_high=2)
 
 
 def split(rows: list[Problem], held_out: int) -> tuple[list[Problem], list[Problem]]:

@@ -7,7 +7,7 @@ padding, no chunks, no row left out. Saving time and memory must not change its 
 import copy
 import math
 from dataclasses import replace
-from itertools import pairwise, product
+from itertools import product
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -92,17 +92,33 @@ def test_token_weights_by_hand():
         ("clipped", {}, 0.7, 2.0, 1.4),
         ("clipped", {"clip_high": 0.5}, 1.4, 1.0, 1.4),  # DAPO: a rare token of a good response may grow further
         ("clipped", {"clip_low": 0.4}, 0.7, -1.0, -0.7),
-        ("truncated_is", {}, 0.25, 2.0, 0.5),
-        ("truncated_is", {}, 7.0, 2.0, 4.0),  # the ratio stops at ratio_cap, 2
-        ("truncated_is", {"ratio_cap": 3.0}, 7.0, 2.0, 6.0),
+        ("gspo", {}, 1.25, 2.0, 2.5),  # of a single token, as clipped
+        ("gspo", {"clip_high": 0.1}, 1.25, 2.0, 0.0),
+        ("cispo", {}, 0.25, 2.0, 0.5),
+        ("cispo", {}, 7.0, 2.0, 2.56),  # the weight stops at 1.28, the slope does not vanish
+        ("cispo", {"clip_high": 2.0}, 7.0, 2.0, 6.0),
     ],
 )
 def test_slopes_of_the_objectives_by_hand(objective: str, bounds: dict, ratio: float, advantage: float, slope: float):
     """The derivative of one token's objective by its logprob, where its probability under the sampler was 0.4."""
     logprob, old_logprob = torch.tensor([0.4 * ratio]).log().requires_grad_(), torch.tensor([0.4]).log()
     config = config_with(objective=objective, **bounds)
-    grpo.objective(logprob, old_logprob, torch.tensor([advantage]), config.train).sum().backward()
+    grpo.objective(logprob, old_logprob, torch.tensor([advantage]), [1], config.train).sum().backward()
     assert logprob.grad.item() == pytest.approx(slope, rel=1e-5)
+
+
+def test_gspo_has_one_ratio_per_response_by_hand():
+    """Two responses: token ratios 1.2, 1.2, 0.9 (mean log ratio: the cube root of 1.296) and 1.5 alone, clipped.
+
+    The objective of each token of the first is 1.0903 * 2; its slope by each of the three logprobs is a third of the
+    sum of theirs, so the same. The second has advantage 1 and a ratio above 1.28: no slope.
+    """
+    logprobs = torch.tensor([1.2, 1.2, 0.9, 1.5]).log().requires_grad_()
+    advantage = torch.tensor([2.0, 2.0, 2.0, 1.0])
+    objective = grpo.objective(logprobs, torch.zeros(4), advantage, [3, 1], config_with(objective="gspo").train)
+    assert objective.tolist() == pytest.approx([2.1805] * 3 + [1.28], abs=1e-4)
+    objective.sum().backward()
+    assert logprobs.grad.tolist() == pytest.approx([2.1805] * 3 + [0.0], abs=1e-4)
 
 
 @every("device", DEVICES)
@@ -171,7 +187,7 @@ def plain_update(policy: Qwen2, episodes: list[Episode], config: Config) -> tupl
         logits = (policy(tokens)[0] @ policy.head.t())[len(e.prompt_ids) - 1 : -1, :VOCABULARY]
         distribution = (logits / config.rollout.temperature).log_softmax(dim=-1)  # (tokens, V)
         logprobs, old = distribution[range(len(logits)), e.response_ids], torch.tensor(e.old_logprobs).to(logits)
-        losses = -e.token_weight * grpo.objective(logprobs, old, torch.tensor(e.advantage), config.train)
+        losses = -e.token_weight * grpo.objective(logprobs, old, torch.tensor(e.advantage), [len(old)], config.train)
         log_ratio, entropy = logprobs - old, -(distribution.exp() * distribution).sum(dim=-1)
         outside = (log_ratio.exp() < 1 - config.train.clip_low) | (log_ratio.exp() > 1 + config.train.clip_high)
         terms.append(torch.stack([losses, entropy, log_ratio.exp() - 1 - log_ratio, log_ratio.abs(), outside]))
@@ -183,20 +199,24 @@ def plain_update(policy: Qwen2, episodes: list[Episode], config: Config) -> tupl
 
 
 # tokens per micro-batch, response tokens per chunk of logits, activation checkpointing
-CUTS = [(10**9, 10**9, False), (10**9, 3, True), (60, 1, False), (1, 512, True)]
+CUTS = [(10**9, 10**9, False), (10**9, 3, True), (30, 1, False), (1, 512, True)]
 
 
 @every("device", DEVICES)
 @every(
     ("objective", "truncated", "temperature", "tied"),
-    [("reinforce", "keep", 1.0, True), ("clipped", "mask", 0.7, False), ("truncated_is", "keep", 1.4, True)],
+    [
+        ("reinforce", "keep", 1.0, True),
+        ("clipped", "mask", 0.7, False),
+        ("cispo", "keep", 1.4, True),
+        ("gspo", "keep", 0.7, True),
+    ],
 )
 @every(("budget", "chunk", "checkpointing"), CUTS)
 def test_the_update_is_the_plain_formula_however_the_batch_is_cut(
     device, objective, truncated, temperature, tied, budget, chunk, checkpointing, monkeypatch
 ):
     """A mean over a micro-batch's own tokens would weigh short responses more; a chunk could be lost or doubled."""
-    monkeypatch.setattr(grpo, "MAX_PADDING", 1.0)  # so that micro-batches are full
     monkeypatch.setattr(grpo, "CHUNK_TOKENS", chunk)
     train = {"objective": objective, "truncated": truncated, "activation_checkpointing": checkpointing}
     config = config_with(temperature=temperature, tokens_per_microbatch=budget, **train)
@@ -207,26 +227,63 @@ def test_the_update_is_the_plain_formula_however_the_batch_is_cut(
     assert_same_gradient(gradient_of(policy), gradient)
     assert stats == pytest.approx(expected, rel=1e-4, abs=1e-6)
     assert stats["logprob_gap"] < 1e-5 if on_policy else 0.05 < stats["clip_fraction"] < 0.95
-    rows, widths = zip(*shapes, strict=True)
-    assert sum(rows) == sum(e.active for e in episodes) < len(episodes)
-    assert list(widths) == sorted(widths, reverse=True)  # what does not fit in memory fails first
-    assert all(rows == 1 or rows * width <= budget for rows, width in shapes)
-    assert (len(shapes) == 1) == (budget == 10**9)
+    active, lines = [e for e in episodes if e.active], [length for _, length in shapes]
+    assert {rows for rows, _ in shapes} == {1}
+    assert len(active) < len(episodes)
+    assert grpo.packed_tokens(active) < sum(e.length for e in active), "each prompt once"
+    if budget == 10**9:
+        assert lines == [grpo.packed_tokens(active)]
+    else:
+        assert len(lines) > 1
+        assert all(length <= max(budget, max(e.length for e in active)) for length in lines)
+
+
+def random_groups(sizes: list[tuple[int, list[int]]], seed: int = 0) -> list[list[Episode]]:
+    """Of each group its prompt's tokens and those of its responses; every third episode or so is inactive."""
+    random, groups = np.random.default_rng(seed), []
+    for prompt, responses in sizes:
+        prompt_ids = random.integers(0, VOCABULARY, prompt).tolist()
+        groups.append([])
+        for length in responses:
+            ids, advantage = random.integers(0, VOCABULARY, length).tolist(), random.normal() * (random.random() < 0.7)
+            groups[-1].append(Episode(None, prompt_ids, ids, [-3.0] * length, False, "", {}, advantage, 0.01))
+    return groups
+
+
+GROUPS = st.lists(
+    st.tuples(st.integers(1, 90), st.lists(st.integers(1, 30), min_size=1, max_size=5)), min_size=1, max_size=5
+)
 
 
 @settings(deadline=None)
-@given(st.lists(st.integers(1, 400), max_size=60), st.integers(1, 9000))
-def test_micro_batches_hold_every_row_once_within_the_budget(lengths: list[int], budget: int):
-    episodes = [SimpleNamespace(length=length) for length in sorted(lengths, reverse=True)]
-    batches = grpo.micro_batches(episodes, budget)
-    assert [id(e) for batch in batches for e in batch] == [id(e) for e in episodes]
+@given(GROUPS, st.integers(1, 600))
+def test_micro_batches_hold_every_row_once_within_the_budget(sizes: list, budget: int):
+    """A group that is split repeats its prompt, so only one that does not fit the budget may be."""
+    groups = random_groups(sizes)
+    batches = grpo.micro_batches(groups, budget)
+    assert sorted(id(e) for batch in batches for e in batch) == sorted(id(e) for group in groups for e in group)
+    for batch in batches:
+        rows = sum(e.length for e in batch)
+        assert len(batch) == 1 or (grpo.packed_tokens(batch) <= budget and rows <= 2 * budget)
+    for group in groups:
+        parts = sum(any(e in batch for e in group) for batch in batches)
+        assert parts == 1 or grpo.packed_tokens(group) > budget or sum(e.length for e in group) > 2 * budget
 
-    def fits(batch: list[Episode]) -> bool:
-        area = len(batch) * batch[0].length
-        return area <= budget and sum(e.length for e in batch) >= 0.95 * area
 
-    assert all(len(batch) == 1 or fits(batch) for batch in batches)
-    assert not any(fits([*batch, following[0]]) for batch, following in pairwise(batches))  # so they are few
+@settings(deadline=None, max_examples=40)
+@given(GROUPS, st.integers(1, 400), st.integers(0, 999))
+def test_a_prompt_shared_by_its_group_changes_no_gradient(sizes: list, budget: int, seed: int):
+    """A token put back to another row's place, a position counted from the line's start, a row that sees its neighbour:
+    each changes the gradient. Random groups, lengths and budgets, some rows inactive, against rows run alone.
+    """
+    policy, config = small_policy(seed % 7), config_with(objective="clipped", tokens_per_microbatch=budget)
+    episodes = [e for group in random_groups(sizes, seed) for e in group]
+    episodes[0].advantage = 1.0
+    grpo.accumulate_gradient(policy, episodes, config, budget)
+    gradient, _ = plain_update(policy, episodes, config)
+    total = torch.cat([tensor.flatten() for tensor in gradient.values()]).norm()
+    for name, tensor in gradient_of(policy).items():
+        assert (tensor - gradient[name]).norm() <= 1e-4 * gradient[name].norm() + 1e-6 * total, name
 
 
 USELESS = {

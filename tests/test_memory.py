@@ -23,7 +23,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 import grpo
 import qwen2_model
 import rollout
-from data_types import Config, RolloutSettings
+from data_types import Config, Episode, RolloutSettings
 from live_bytes import FusedNorm, LiveBytes, cuda_kernels
 from optimizer import AdamW
 from plain_policy import active_episodes
@@ -54,12 +54,19 @@ def policy_on_meta(shape: Qwen2Config, dtype: str) -> Qwen2:
         return Qwen2(shape).to(getattr(torch, dtype))
 
 
-def full_micro_batch(config: Config) -> list[tuple[int, int]]:
-    """Tokens of (prompt, response) of each row."""
-    longest = PROMPT + config.rollout.max_new_tokens
-    budget = max(config.train.tokens_per_microbatch, longest)
-    rows = min(-(-budget // longest), config.rollout.group_size * config.rollout.questions_per_step)
-    return [(PROMPT, min(longest, budget // rows) - PROMPT)] * rows
+def full_micro_batch(config: Config, first: int = 0) -> list[Episode]:
+    """As many tokens as the budget allows, and rows of twice as many: four responses to a prompt twice as long as they.
+
+    first: the number of the first prompt, so that no two are the same.
+    """
+    responses, longest = config.rollout.group_size * config.rollout.questions_per_step, config.rollout.max_new_tokens
+    budget = config.train.tokens_per_microbatch
+    shapes = [(PROMPT, 80)] * (budget // (PROMPT + 4 * 80) * 4)
+    if budget <= PROMPT + longest or responses < len(shapes):  # a single row, or all there are
+        shapes = [(PROMPT, longest)] * (1 if budget <= PROMPT + longest else responses)
+    size = min(4, config.rollout.group_size)
+    episodes = active_episodes(*shapes)
+    return [replace(e, prompt_ids=[first + i // size] * PROMPT) for i, e in enumerate(episodes)]
 
 
 @cache
@@ -78,7 +85,7 @@ def live_in_update(shape: Qwen2Config, config: Config) -> list[int]:
         for parameter in policy.parameters():  # those of the micro-batches before
             parameter.grad = torch.empty_like(parameter, dtype=torch.float32)
         policy.zero_grad, _ = lambda **_: None, live.peak
-        grpo.accumulate_gradient(policy, active_episodes(*full_micro_batch(config)), config, 10**9)
+        grpo.accumulate_gradient(policy, full_micro_batch(config), config, 10**9)
         gradient = live.peak
         optimizer.step()
         return [state, gradient, live.peak]
@@ -197,7 +204,8 @@ def live_in_sharded_update(shape: Qwen2Config, config: Config, count: int) -> fl
             moments = sum(8 * parameter.to_local().numel() for parameter in policy.parameters())
             tracker = FSDPMemTracker(policy)
             tracker.track_inputs(())
-            policy.zero_grad, batch = lambda **_: None, active_episodes(*full_micro_batch(config) * count)
+            policy.zero_grad = lambda **_: None
+            batch = [episode for i in range(count) for episode in full_micro_batch(config, 1000 * i)]
             with tracker, pytest.raises(DataDependentOutputException):  # at the end, where sums become numbers
                 for parameter in policy.parameters():
                     parameter.grad = torch.zeros_like(parameter)
@@ -214,7 +222,7 @@ SHARDS = {
     "gradients of embedding and head": (replace(shape_config("7B"), num_hidden_layers=3), "2048", 8, 0.97, 1.05),
     "the same, activations free": (thin(152064, 3584, 3584, 2, tied=False), f"4096 {KEPT}", 16, 0.97, 1.05),
     "two layers": (thin(2000, 4096, 8192, 3), f"256 {SHORT}", 16, 0.97, 1.05),
-    "activations of a layer": (thin(2000, 1024, 8192, 3), "4096", 16, 0.95, 1.15),
+    "activations of a layer": (thin(2000, 1024, 8192, 3), "4096", 16, 0.95, 1.2),
 }
 
 

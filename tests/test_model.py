@@ -16,7 +16,7 @@ from transformers import Qwen2Config as ReferenceConfig, Qwen2ForCausalLM
 from data_types import Episode
 from grpo import response_logprobs
 from plain_policy import DEVICES, assert_same_gradient, sample
-from qwen2_model import Qwen2, Qwen2Config, WideMatmul, wide_matmul
+from qwen2_model import Qwen2, Qwen2Config, WideMatmul, rope_tables, wide_matmul
 
 VOCABULARY, ROWS = 200, 211  # ids that the tokenizer knows; rows of the embedding
 close = partial(torch.testing.assert_close, atol=1e-4, rtol=0)  # for logits and logprobs in fp32
@@ -63,7 +63,8 @@ def logits_of(model: nn.Module, tokens: Tensor, positions: Tensor | None = None)
     """(B, T, V), of our model or the reference."""
     if not isinstance(model, Qwen2):
         return model(tokens, position_ids=positions).logits[..., :VOCABULARY]
-    return model.logits(model(tokens, positions).flatten(0, 1)).view(*tokens.shape, -1)[..., :VOCABULARY]
+    rope = None if positions is None else rope_tables(model.config, positions)
+    return model.logits(model(tokens, rope).flatten(0, 1)).view(*tokens.shape, -1)[..., :VOCABULARY]
 
 
 def sampled_episodes(model: Qwen2) -> list[Episode]:

@@ -75,7 +75,7 @@ def test_a_decode_step_touches_nothing_but_the_device(temperature, monkeypatch):
 
 
 @pytest.mark.parametrize("checkpoint_layers", [False, True])
-@pytest.mark.parametrize("objective", ["reinforce", "clipped", "truncated_is"])
+@pytest.mark.parametrize("objective", ["reinforce", "clipped", "gspo", "cispo"])
 def test_an_update_synchronizes_once_per_micro_batch(objective, checkpoint_layers, monkeypatch):
     cuda_kernels(monkeypatch)
     monkeypatch.setattr("optimizer.SLICE", 2**14)
@@ -87,7 +87,7 @@ def test_an_update_synchronizes_once_per_micro_batch(objective, checkpoint_layer
     optimizer = AdamW(policy.parameters(), config.train)
     with OneDevice(uploads=True):
         grpo.accumulate_gradient(policy, batch, config, 128)
-    assert len(reads) == len(grpo.micro_batches(batch, 128)) > 1
+    assert len(reads) == len(grpo.micro_batches([[episode] for episode in batch], 128)) > 1
     with OneDevice():
         optimizer.step()
 

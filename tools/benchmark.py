@@ -36,6 +36,7 @@ from contextlib import redirect_stdout
 from dataclasses import asdict, fields, replace
 from functools import cached_property, lru_cache, partial
 from io import StringIO
+from itertools import groupby
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -407,24 +408,19 @@ def naive_gradient(policy: Qwen2, episodes: Sequence[Episode], config: Config, t
         targets = tokens[:, 1:].flatten()  # (B * (T-1),)
         logits = policy.logits(policy(tokens)[:, :-1].flatten(0, 1))  # (B * (T-1), V)
         logprobs = tempered(logits, config.rollout.temperature).log_softmax(dim=-1).gather(-1, targets[:, None])
-        objective = grpo.objective(logprobs.view(len(tokens), -1), old_logprobs[:, 1:], advantage, config.train)
+        objective = grpo.objective(logprobs.view(len(tokens), -1), old_logprobs[:, 1:], advantage, [], config.train)
         (-(token_weight[:, 1:] * objective).sum()).backward()
-
-
-def sampled_order(work: Workload, episodes: Sequence[Episode], budget: int) -> list[list[Episode]]:
-    """Instead of grpo.micro_batches: rows in the order sampled, as many at a time as fit if all were the longest."""
-    rows, at_once = [e for e in work.episodes if e.active], max(1, budget // episodes[0].length)
-    return [rows[first : first + at_once] for first in range(0, len(rows), at_once)]
 
 
 def update_ablations(work: Workload, run: Run) -> dict[str, Run]:
     """The update with one idea of grpo.py less each; the gradient stays the same."""
     # small enough to add nothing, large enough that fp32 has no denormal numbers, which are slow
     all_active = [replace(episode, advantage=episode.advantage or 1e-10) for episode in work.episodes]
+    size = work.config.rollout.group_size
+    apart = [episode for row in range(size) for episode in work.episodes[row::size]]  # no neighbours share a prompt
     return {
         "inactive rows run too": without(run, (work, "episodes", all_active)),
-        "rows in sampled order": without(run, (grpo, "micro_batches", partial(sampled_order, work))),
-        "padding without bound": without(run, (grpo, "MAX_PADDING", 1.0)),
+        "each row with its own prompt": without(run, (work, "episodes", apart)),
         "logits of a micro-batch at once": without(run, (grpo, "CHUNK_TOKENS", 10**9)),
     }
 
@@ -460,10 +456,11 @@ def update_in_mode(work: Workload, mode: str, options: argparse.Namespace) -> Fi
     figures = interleaved(variants, options.rounds, work.device)
     seconds, rate, active = figures["ours"]["seconds"], matmul_rate(work.device), work.active
     flops = useful_flops(work.policy, active) / seconds  # per second
-    longest_first = sorted(active, key=lambda episode: -episode.length)
-    batches = grpo.micro_batches(longest_first, work.config.train.tokens_per_microbatch)
-    padding = 1 - sum(e.length for e in active) / sum(len(batch) * batch[0].length for batch in batches)
-    figures |= {"rows": len(work.episodes), "active_rows": len(active), "padding_share": padding}
+    figures |= {"rows": len(work.episodes), "active_rows": len(active)}
+    # tokens that pass the linear layers, with each prompt once per group, and once per row
+    groups = [list(group) for _, group in groupby(active, key=lambda episode: episode.prompt_ids)]
+    batches = grpo.micro_batches(groups, work.config.train.tokens_per_microbatch)
+    figures |= {"line_tokens": sum(map(grpo.packed_tokens, batches)), "row_tokens": sum(e.length for e in active)}
     figures |= {"optimizer_share": statistics.median(work.optimizer_seconds) / seconds}
     figures |= {"matmul_tflop_per_second": rate / 1e12, "flop_utilisation": flops / rate}
     sheet = [peak for card, peak in DATA_SHEETS.items() if card in device_name(work.device).replace("-", " ").split()]
