@@ -102,9 +102,8 @@ def plan_memory(
     sampling = {"cache": rows * row_cache, "logits or prefill": max(rows * row_logits, prefill), "copy": copy}
 
     # a micro-batch has each prompt once; its rows, which attention sees, may be twice as long (grpo.fits)
-    everything = questions * prompt_tokens + responses * rollout.max_new_tokens, responses * longest
-    limits = max(train.tokens_per_microbatch, longest), max(2 * train.tokens_per_microbatch, longest)
-    tokens, row_tokens = map(min, everything, limits)
+    budget, all_tokens = train.tokens_per_microbatch, questions * prompt_tokens + responses * rollout.max_new_tokens
+    tokens, row_tokens = min(max(budget, longest), all_tokens), min(max(2 * budget, longest), responses * longest)
     layer = activations(shape, size, tokens, row_tokens)
     # activations that backward needs, or with checkpointing each layer's input
     kept = layers * (tokens * shape.hidden_size * size if train.activation_checkpointing else layer)

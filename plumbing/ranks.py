@@ -126,10 +126,8 @@ def unsharded(tensor: Any) -> Tensor:
     """All of a DTensor, gathered from all ranks; any other tensor as it is."""
     if not hasattr(tensor, "full_tensor"):
         return tensor
-    with collective():
-        whole = tensor.full_tensor()
-    padded = whole.untyped_storage().nbytes() > whole.nbytes  # the ranks' parts differ; safetensors takes no view
-    return whole.clone() if padded else whole
+    with collective():  # a copy: where the ranks' parts differ it is a view of more, which safetensors refuses
+        return tensor.full_tensor().clone()
 
 
 def load_shard(target: Any, tensor: Tensor) -> None:

@@ -39,8 +39,8 @@ def is_rank_zero() -> bool:
 
 def progress_bar(what: str, unit: str, work: Any = None, total: int | None = None, done: int = 0) -> tqdm:
     """A bar over `work` (or updated by hand) that disappears when it is done; none where there is no terminal."""
-    options: Any = {"unit_scale": work is None and not total, "disable": None if is_rank_zero() else True}
-    return tqdm(work, desc=what, unit=unit, total=total, initial=done, leave=False, **options)
+    options: Any = {"leave": False, "unit_scale": not (work or total), "disable": None if is_rank_zero() else True}
+    return tqdm(work, desc=what, unit=unit, total=total, initial=done, **options)
 
 
 def say(text: str, end: str = "\n", file: TextIO | None = None) -> None:

@@ -1,6 +1,5 @@
 """The optimizer keeps the update of bf16 weights. The bug to prevent is silent: loss and gradient are right, but the
-weights hardly move, because each step is below half the spacing of bf16 numbers.
-"""
+weights hardly move, because each step is below half the spacing of bf16 numbers."""
 
 from dataclasses import replace
 from itertools import pairwise

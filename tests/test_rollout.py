@@ -1,8 +1,7 @@
 """Sampling: every response is the plain sampler's, token for token, whatever shares the batch with it.
 
 The uniform numbers decide a response, so nearly all of it can be tested by equality with plain_policy.py, which samples
-one row at a time with the whole model for every token. What is left is the drawing itself (`tempered` and `draw`),
-against distributions worked out by hand.
+one row at a time with the whole model for every token. What is left is drawing where rounding and NaN may intrude.
 """
 
 import copy
@@ -80,9 +79,7 @@ def the_case() -> Case:
     responses = [cut(response, END_IDS) for response in case.endless]
     assert len({len(r.ids) for r in responses}) > 10
     assert 0 < sum(r.truncated for r in responses) < 24
-    assert len({tuple(r.ids) for r in case.endless}) == 48
     assert all(len({r.ids[0] for r in case.endless[row : row + 8]}) >= 3 for row in range(0, 48, 8))
-    assert -4.5 < np.mean([r.logprobs for r in case.endless]) < -1.0  # log(211) is 5.4
     return case
 
 
