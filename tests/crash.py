@@ -46,7 +46,7 @@ def attempt(folder: Path, settings: list[str], log: Path, seconds: float, in_sav
     deadline, saving = time.monotonic() + seconds, folder / "checkpoints"
     while child.is_alive() and (time.monotonic() < deadline or (in_save and not any(saving.glob("*.partial")))):
         time.sleep(0.001)
-    time.sleep(in_save * random.uniform(0.0, 0.05))
+    time.sleep(in_save * random.choice((0.0, 0.002, 0.01, 0.05)))
     if child.is_alive():
         os.kill(child.pid, SIGKILL if in_save else random.choice((SIGKILL, SIGINT, SIGTERM)))
     child.join()
@@ -84,7 +84,11 @@ def main(stops: int) -> None:
         whole = time.monotonic() - began
         while stopped < stops:
             run, before = Path(scratch, f"run-{runs}"), []
-            while status := attempt(run, settings, log, random.uniform(0.0, whole / 2), stopped % 2 == 0):
+            while True:
+                seconds = random.uniform(0.0, whole / 2) if stopped < stops else 6000  # at last it may end
+                status = attempt(run, settings, log, seconds, in_save=stopped < stops and stopped % 2 == 0)
+                if status == 0:
+                    break
                 assert status in (-2, -9, -15, 130, 143), log.read_text()[-3000:]
                 assert saved(run)[-1:] >= before, f"{before} is lost, and there is nothing newer"
                 before = saved(run)[-1:]
