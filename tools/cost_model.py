@@ -17,6 +17,7 @@ from statistics import fmean, median
 
 import torch
 
+from grpo import packed_tokens
 from plumbing.config import load_config
 from qwen2_model import Qwen2, Qwen2Config
 from tools.benchmark import SHAPES, Workload, copy_bandwidth, markdown, matmul_rate, shape_config
@@ -99,7 +100,7 @@ def predict(shape: Qwen2Config, card: Card, cards: int, batch: Batch, checkpoint
     read = batch.longest * card.weight_bytes * used + rows * column * (batch.prompt * batch.mean + batch.square / 2)
     prefill = rows / batch.group * batch.prompt * 2 * used / flops
     rollout = max(read / bandwidth, rows * batch.mean * 2 * used / flops) + prefill
-    tokens = rows * batch.active * (batch.prompt + batch.mean)
+    tokens = rows * batch.active * (batch.prompt / batch.group + batch.mean)  # each prompt once per group
     per_weight = 8 if checkpointing else 6  # FLOPs per token: forward 2, backward 4, recomputed forward 2
     update = tokens * per_weight * used / flops + (12 * 2 * total / (cards if sharded else 1)) / bandwidth
     link = card.link if cards <= 8 else card.network
@@ -153,7 +154,7 @@ def measured(size: str, batch: str) -> tuple[Batch, float, float]:
     lengths = [len(episode.response_ids) for episode in work.episodes]
     prompt = fmean(len(episode.prompt_ids) for episode in work.episodes)
     squares = fmean(length**2 for length in lengths)
-    active = sum(e.length for e in work.active) / sum(e.length for e in work.episodes)
+    active = packed_tokens(work.active) / packed_tokens(work.episodes)
     found = Batch(len(lengths), prompt, fmean(lengths), squares, max(lengths), group, active)
     return found, *work.best_seconds(rounds=2)
 
