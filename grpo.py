@@ -51,7 +51,7 @@ def assign_advantages(episodes: list[Episode], config: Config) -> None:
     mean = rewards.mean(dim=1, keepdim=True)  # (Q, 1)
     std = rewards.std(dim=1, keepdim=True, correction=0)  # (Q, 1)
     advantage = (rewards - mean) / std if config.train.divide_by_std else rewards - mean  # (Q, G)
-    zero_variance = rewards.amax(dim=1) - rewards.amin(dim=1) < 1e-9  # std is rounding
+    zero_variance = rewards.amax(dim=1) - rewards.amin(dim=1) < 1e-9  # std would be only rounding error
     advantage[zero_variance] = 0.0
     for episode, value in zip(episodes, advantage.flatten().tolist(), strict=True):
         episode.advantage = value
@@ -118,7 +118,7 @@ def accumulate_gradient(policy: Qwen2, batch: list[Episode], config: Config, bud
         lengths = [len(episode.response_ids) for episode in episodes]
         loss = -(token_weight * objective(logprobs, old_logprobs, advantage, lengths, config.train)).sum()
         loss.backward()
-        if number < len(batches):  # the others pad
+        if number < len(batches):  # the rest are padding, for FSDP2
             sums += statistics(loss, entropy, logprobs - old_logprobs, config.train)
     all_reduce_gradients(policy, sums)
     tokens = sum(len(episode.response_ids) for episode in active)
@@ -153,9 +153,9 @@ def apply_gradient(policy: Qwen2, optimizer: AdamW, max_norm: float) -> float:
 def micro_batches(groups: list[list[Episode]], budget: int) -> list[list[Episode]]:
     """Episodes in micro-batches that fit the budget, those of a group together, the largest groups first.
 
-    So running out of memory shows in the first micro-batch. A group is split only where it has more tokens than the
-    budget; a single episode may have more. A token's weight does not depend on how the batch is cut, so neither does
-    the gradient.
+    So running out of memory shows in the first micro-batch. A group is split only where it does not fit on its own; a
+    single episode may have more tokens than the budget. A token's weight does not depend on how the batch is cut, so
+    neither does the gradient.
     """
     batches: list[list[Episode]] = [[]]
     for group in sorted(groups, key=packed_tokens, reverse=True):
@@ -180,11 +180,12 @@ def packed_tokens(episodes: list[Episode]) -> int:
 
 
 class PackedBatch:
-    """The tokens of a micro-batch in one line: each group's prompt once, then its responses, without padding.
+    """The tokens of a micro-batch in one line: each group's prompt once, then its responses.
 
     A prompt's hidden states do not depend on what follows it, so the rows of a group share them: embedding, linear
-    layers, norms and head run on the line. Attention alone runs on rows: `attend` gathers each row's q, k and v from
-    the line and puts each token's output back. Rows of about equal length stand in one table, padded on the right.
+    layers, norms and head run on the line and see no padding. Attention alone runs on rows: `attend` gathers each
+    row's q, k and v from the line and puts each token's output back. Rows of about equal length stand in one table,
+    padded on the right.
     """
 
     def __init__(self, policy: Qwen2, episodes: list[Episode]) -> None:
@@ -212,9 +213,8 @@ class PackedBatch:
             begin += table.numel()
             self.tables.append(table.to(tokens.device))
             rows = rows[len(similar) :]
-        self.back = back.to(
-            tokens.device
-        )  # (L,): where the tables have a token; a shared one in its last row
+        # where the tables have a token, for a token of a shared prompt in the group's last row
+        self.back = back.to(tokens.device)  # (L,)
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Causal attention within the rows: q (1, Hq, L, D), k and v (1, Hkv, L, D), output (1, Hq, L, D)."""
@@ -237,14 +237,14 @@ def response_logprobs(policy: Qwen2, episodes: list[Episode], temperature: float
     """
     batch = PackedBatch(policy, episodes)
     hidden = policy(batch.tokens, batch.rope, batch.attend)[0]  # (L, hidden)
-    hidden = F.embedding(batch.predicting, hidden)  # (N, hidden)
+    hidden = F.embedding(batch.predicting, hidden)  # (N, hidden), gathered as in `attend`
     response_ids = [token for episode in episodes for token in episode.response_ids]
     targets = torch.tensor(response_ids, device=hidden.device)  # (N,)
 
     def chunk(hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         distribution = tempered(policy.logits(hidden), temperature).log_softmax(dim=-1)  # (C, V)
         logprobs = distribution.gather(-1, targets[:, None])[:, 0]  # (C,)
-        with torch.no_grad():  # last, so that backward's second run of this function ends before it
+        with torch.no_grad():  # last: checkpoint's recomputation stops before it
             entropy = torch.special.entr(distribution.exp()).sum(dim=-1)  # (C,)
         return logprobs, entropy
 

@@ -6,15 +6,15 @@ the forward pass reads, and there is a choice of where to keep them:
 
     mode          bytes a parameter, beside weight and gradient     for
     master        fp32 weight, fp32 moments: 12 (fp32 weights: 8)   small models, and any on the CPU
-    split         the 16 bits that bf16 cuts off, bf16 moments: 6   3B on 48 GB
+    split         16 bits that bf16 lacks, bf16 moments: 6           3B on 48 GB
     offload       as master, but in pinned host memory: 0 on GPU    3B on 24 GB
 
 Gradients of bf16 weights accumulate in fp32 (4 bytes): adding up 128 micro-batches in bf16 would cost the gradient
 about 1.2 % of its length. Only the head's chunks within one micro-batch (grpo.py) add up in bf16, 16 of them at most.
 
-`split` is exact: bf16 is the upper half of an fp32 number, so a bf16 weight and the 16 bits it lacks *are* an fp32
-master weight, at half the price. Its bf16 moments are rounded stochastically: with beta2 = 0.999 one step changes the
-second moment by less than half a bf16 spacing, so rounding to nearest would never let it decay.
+`split` is exact: bf16 is the upper half of an fp32 number, so a bf16 weight and its 16-bit difference from the fp32
+number *are* an fp32 master weight, at half the price. Its bf16 moments are rounded stochastically: with beta2 = 0.999
+one step changes the second moment by less than half a bf16 spacing, so rounding to nearest would never let it decay.
 
 `tensors()` and `steps` are the state to save; the learning rate is set from outside, before each step.
 
@@ -46,7 +46,7 @@ def learning_rate(step: int, settings: TrainSettings) -> float:
 def split_bits(exact: Tensor) -> tuple[Tensor, Tensor]:
     """An fp32 tensor as (nearest bf16, int16 of the bits between the two): together they hold all of it."""
     bits = exact.view(torch.int32)
-    upper = (bits + 0x8000) >> 16  # rounded half up, so that the rest fits 16 bits
+    upper = (bits + 0x8000) >> 16  # to the nearest bf16: the rest is signed
     rest = bits - (upper << 16)  # -32768 to 32767
     return upper.to(torch.int16).view(torch.bfloat16), rest.to(torch.int16)
 
@@ -86,9 +86,8 @@ class AdamW:
         if weight.dtype == torch.float32:
             del dtypes["master"]  # the weight is its own
         # pinned, so that copies run at the bus's full speed
-        away: Any = (
-            {"device": "cpu", "pin_memory": weight.is_cuda} if self.settings.optimizer == "offload" else {}
-        )
+        offloaded: Any = {"device": "cpu", "pin_memory": weight.is_cuda}
+        away = offloaded if self.settings.optimizer == "offload" else {}
         state = {name: torch.zeros_like(weight, dtype=dtype, **away) for name, dtype in dtypes.items()}
         if "master" in state:
             state["master"].copy_(weight)
@@ -137,7 +136,7 @@ class AdamW:
         tensors: dict[str, Tensor] = {}
         for i, (weight, state) in enumerate(zip(self.parameters, self.states, strict=True)):
             tensors |= {f"{i}.{name}": tensor for name, tensor in state.items()}
-            if weight.dtype == torch.float32 != self.dtype:
+            if weight.dtype == torch.float32 and self.dtype != torch.float32:
                 tensors[f"{i}.master"] = weight.detach()
         return tensors
 

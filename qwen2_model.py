@@ -68,9 +68,8 @@ def causal_attention(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
     Rows are padded on the right, so no mask is needed: padding comes after every real token.
     """
-    if (
-        q.is_cuda and q.dtype == torch.float32
-    ):  # only the quadratic fp32 kernel shares K and V among query heads
+    # CUDA's fused fp32 kernel cannot share K and V among query heads; the one that can takes quadratic memory
+    if q.is_cuda and q.dtype == torch.float32:
         k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))
     return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.shape[1] != k.shape[1])
 
@@ -140,7 +139,7 @@ class Qwen2(nn.Module):
         if not config.tie_word_embeddings:
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.vocabulary = config.vocab_size
-        self.dtype = torch.float32  # to compute in; weights sharded by FSDP2 are stored in fp32
+        self.dtype = torch.float32  # of the forward pass; FSDP2 stores its shards in fp32
         self.checkpoint_layers = False  # in training: backward computes each layer again
 
     @property

@@ -76,7 +76,7 @@ class Sampler:
         while len(responses) < len(rows):
             done = len(responses)
             left = prompts[mine][done // group_size :]
-            wave = partial(self.generate, policy, left, rows[done:], temperature)
+            wave = partial(self.generate, policy, left, rows[done:], temperature)  # attempt adds max_rows
             responses += self.rows_at_a_time.attempt(wave, least=group_size, size=len(rows) - done)
         episodes = []
         for row, (ids, logprobs, truncated) in enumerate(all_gather(responses)):
@@ -92,7 +92,7 @@ class Sampler:
     def generate(
         self, policy: Qwen2, prompts: list[list[int]], uniforms: Tensor, temperature: float, max_rows: int
     ) -> list[Response]:
-        """One wave: a response per row of the first prompts' groups, as many as have at most `max_rows` rows.
+        """One wave: the responses of the first prompts' groups, as many groups as fit in `max_rows` rows.
 
         uniforms: (prompts * group, longest response) fp32 in [0, 1); the rows of a prompt's group are adjacent.
         """
@@ -204,7 +204,7 @@ class KVCache:
 
     def move(self, source: Tensor, target: Tensor, columns: int) -> None:
         """Copy rows `source` over rows `target`, the first `columns` columns of each."""
-        for layer in self.data:  # layer by layer: the rows in transit are a copy
+        for layer in self.data:  # indexing copies the rows: one layer's at a time
             layer[:, target, :, :columns] = layer[:, source, :, :columns]
         self.start[target] = self.start[source]
 
@@ -224,7 +224,7 @@ class Decoder:
     ) -> None:
         count, length = uniforms.shape
         self.policy, self.cache, self.uniforms, self.temperature = policy, cache, uniforms, temperature
-        # in fp32 once, on a CPU: at every step it would take half the time
+        # on a CPU in fp32, once: converting it in every step would cost half of the step
         self.head = policy.head if uniforms.is_cuda else policy.head.float()
         with uniforms.device:
             self.end_ids = torch.tensor(end_ids)
@@ -325,7 +325,7 @@ class GraphedSteps:
             graph.replay()
 
     def capture(self, shape: tuple[int, int]) -> torch.cuda.CUDAGraph | None:
-        """The graph of a step, which is not run for it."""
+        """The graph of a step: capturing records the step without running it."""
         graph = torch.cuda.CUDAGraph()
         try:
             # where capturing fails, the outer `with` puts the stream back

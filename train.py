@@ -8,8 +8,8 @@
 rollout.py samples, a task such as countdown_task.py grades, grpo.py has the advantages, the objective and its gradient.
 What surrounds the loop (set-up, signals, logging, checkpoints) is in plumbing/.
 
-Every random choice of step k comes from a generator made for (seed, purpose, k). The generators are stateless, so an
-extra evaluation changes nothing and a run can continue from any step.
+Every random choice of step k comes from a generator made for (seed, purpose, k). No generator outlives its purpose,
+so an extra evaluation changes nothing and a run can continue from any step.
 """
 
 import argparse
@@ -81,7 +81,7 @@ def replace_zero_variance(run: Run, step: int, episodes: list[Episode]) -> list[
         assign_advantages(more, run.config)
         episodes += more
         active += with_variance(more, size)
-    return active or episodes[:size]
+    return active or episodes[:size]  # one group without variance, where there is no other: an update of zero
 
 
 def with_variance(episodes: list[Episode], group_size: int) -> list[Episode]:
@@ -94,7 +94,7 @@ def update(run: Run, step: int, batch: list[Episode]) -> dict[str, float]:
     """The optimizer steps on one batch (algorithm 1, lines 10 and 11).
 
     Returns the statistics of the first, which are those of fresh responses, with the clip_fraction of the last. An
-    update with NaN or Inf is skipped and ends the step: then the statistics are its own.
+    update with NaN or Inf is skipped and ends the step: then the statistics are those of the skipped update.
     """
     settings, updates = run.config.train, []
     assign_token_weights(batch, run.config)
@@ -121,10 +121,10 @@ def evaluate(run: Run, step: int) -> dict[str, float]:
     """
     every, ends = run.config.eval.every, step in (0, run.config.train.steps)
     kinds = ["greedy", "sampled"] if ends else ["greedy"] if every and step % every == 0 else []
-    scores: dict[str, float] = {}
+    temperatures, scores = {"greedy": 0.0, "sampled": 1.0}, dict[str, float]()
     for kind in kinds:
         generator = make_generator(run.config.train.seed, "evaluation", 0)
-        episodes = run.sampler.rollout(run.held_out, 1, float(kind == "sampled"), generator)
+        episodes = run.sampler.rollout(run.held_out, 1, temperatures[kind], generator)
         score, error = mean_and_error([grade(run.task, episode)[run.task.SCORE] for episode in episodes])
         scores |= {f"eval_{kind}": score, f"eval_{kind}_se": error}
     return scores

@@ -4,7 +4,7 @@
 
 Each rank samples responses to its shard of the questions and gathers those of the others. So every rank knows the whole
 batch, and rewards, advantages, the loss's denominator and the metrics are those of one process. In the update each
-takes its shard of the rows, and the gradients are all-reduced. Rank zero alone writes and prints.
+takes its shard of the groups, and the gradients are all-reduced. Rank zero alone writes and prints.
 """
 
 import os

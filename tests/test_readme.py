@@ -1,4 +1,4 @@
-"""What the README says is so: its commands run, shortened; its functions, files, metrics and worked numbers exist."""
+"""What README and docs say is so: their commands run, shortened; links, metrics and worked numbers are right."""
 
 import importlib
 import json
@@ -18,10 +18,12 @@ from short_run import ROOT, small_world
 from tokenizer import Tokenizer
 from tools import benchmark, cost_model
 
-README = (ROOT / "README.md").read_text()
-BLOCKS = re.findall(r"^( *)```(\w*)\n(.*?)^\1```", README, re.M | re.S)
+PAGES = [ROOT / "README.md", *(ROOT / f"docs/{name}.md" for name in ("grpo", "runs", "task", "speed", "gpu"))]
+TEXT = "\n".join(page.read_text() for page in PAGES)
+BLOCKS = re.findall(r"^( *)```(\w*)\n(.*?)^\1```", TEXT, re.M | re.S)
 LINES = [line for _, language, text in BLOCKS if not language for line in text.splitlines()]
-COMMANDS = [line.partition("  #")[0].strip() for line in LINES] + re.findall(r"^\| `(python [^`]+)` \|", README, re.M)
+COMMANDS = [line.partition("  #")[0].strip() for line in LINES] + re.findall(r"^\| `(python [^`]+)` \|", TEXT, re.M)
+LINK = r"\[`?([^\]`]+)`?\]\((?!https?:|#)([^)#]+)(?:#[^)]*)?\)"
 SHORT = ["train.steps=1", "train.threads=1", "rollout.questions_per_step=2"]
 ON_A_CPU = ["model.device=cpu", "model.dtype=float32", "train.optimizer=master", "rollout.group_size=2"]
 
@@ -40,7 +42,7 @@ def run(command: str, world: list[str]) -> None:
 
 
 def test_every_command_runs_and_logs_the_metrics_in_its_table(tmp_path, monkeypatch, capsys):
-    """In the README's order, in one folder: what a command needs, an earlier one has made."""
+    """In the order of the pages, in one folder: what a command needs, an earlier one has made."""
     for path in (*ROOT.glob("config*.yml"), ROOT / "tiny", ROOT / "benchmarks"):
         (tmp_path / path.name).symlink_to(path)
     monkeypatch.chdir(tmp_path)
@@ -78,21 +80,21 @@ def test_the_recipes_in_the_head_of_config_yml_fit_their_cards_with_the_figures_
 
 
 def test_every_file_and_function_it_names_is_there():
-    links = re.findall(r"\[`?([^\]`]+)`?\]\((?!https?:)([^)#]+)\)", README)
-    inline = re.findall(r"(?:python|pytest) ([\w/]+\.py)", re.sub(r"-m\s+tools\.(\w+)", r"tools/\1.py", README))
-    for path in {path for _, path in links} | set(inline):
+    every = [*PAGES, *(ROOT / "docs").rglob("*.md"), ROOT / "benchmarks/README.md"]
+    links = [(page, *link) for page in every for link in re.findall(LINK, page.read_text())]
+    assert [(str(page), path) for page, _, path in links if not (page.parent / path).exists()] == []
+    for path in re.findall(r"(?:python|pytest) ([\w/]+\.py)", re.sub(r"-m\s+tools\.(\w+)", r"tools/\1.py", TEXT)):
         assert (ROOT / path).exists(), path
-    functions = [(name, path) for name, path in links if re.fullmatch(r"[A-Za-z_.]+", name) and name not in path]
-    assert len(functions) >= 9
-    for name, path in functions:
-        assert attrgetter(name)(importlib.import_module(path.removesuffix(".py")))
+    for _, name, path in links:
+        if path.endswith(".py") and re.fullmatch(r"[A-Za-z_.]+", name) and name not in path:
+            assert attrgetter(name)(importlib.import_module(path.removeprefix("../").removesuffix(".py")))
     loop = next(text for _, language, text in BLOCKS if language == "python" and "run.steps()" in text)
     assert "".join("    " + line for line in loop.splitlines(True)) in (ROOT / "train.py").read_text()
 
 
 def rows(*head: str) -> list[list[str]]:
     """The cells of the table whose first row has these cells."""
-    _, found = README.split("| " + " | ".join(head) + " |\n")
+    _, found = TEXT.split("| " + " | ".join(head) + " |\n")
     return [
         [cell.strip() for cell in line.strip("| ").split(" | ")] for line in found.split("\n\n")[0].splitlines()[1:]
     ]
@@ -108,7 +110,7 @@ def test_its_group_of_four_is_what_grpo_computes():
     parts = [-e.token_weight * e.advantage * row[3] for e, row in zip(episodes, numbers, strict=True)]
     assert [round(e.advantage, 3) for e in episodes] == [row[1] for row in numbers]
     assert [round(part, 4) for part in parts] == [row[4] for row in numbers]
-    assert f"The\nsum is the loss, {sum(parts):.4f}" in README
+    assert f"The sum is the loss, {sum(parts):.4f}" in TEXT
 
 
 def test_its_rewards_are_what_grade_says_and_its_prompt_is_what_the_model_sees():
