@@ -114,7 +114,7 @@ def test_a_damaged_model_is_given_up_after_three_skipped_steps(small, tmp_path):
     assert resume(hopeless.folder).status == 2, "a count that only had to equal the bound has passed it"
 
 
-@pytest.mark.parametrize("place", ["advantage", "logprob", "gradient", "loss", "second update"])
+@pytest.mark.parametrize("place", ["advantage", "logprob", "gradient", "norm", "loss", "second update"])
 def test_one_bad_number_in_one_step_costs_that_step_and_no_more(place, small, calm, tmp_path, monkeypatch):
     """One nan that gets into AdamW's averages is there for good; clipping by its norm spreads it to every weight."""
     calls, accumulate_gradient = count(1), train.accumulate_gradient
@@ -129,6 +129,8 @@ def test_one_bad_number_in_one_step_costs_that_step_and_no_more(place, small, ca
         stats = accumulate_gradient(policy, episodes, *others)
         if now in ("gradient", "second update"):
             policy.layers[0].mlp.down_proj.weight.grad[3, 4] = math.inf
+        if now == "norm":
+            policy.layers[0].mlp.down_proj.weight.grad.fill_(1e38)  # whose squares are infinite
         return stats | {"loss": -math.inf} if now == "loss" else stats  # as from a token whose probability is 0
 
     monkeypatch.setattr(train, "accumulate_gradient", accumulate)

@@ -97,6 +97,7 @@ def test_each_step_samples_the_next_problems_with_random_numbers_of_its_own(smal
 
     def asking(self: Sampler, problems: list, size: int, temperature: float, generator: torch.Generator) -> list:
         asked.append((size, temperature, generator.initial_seed(), [*map(repr, problems)]))
+        assert {parameter.grad for parameter in self.policy.parameters()} == {None}, "in the way of the KV cache"
         return rollout(self, problems, size, temperature, generator)
 
     monkeypatch.setattr(Sampler, "rollout", asking)
