@@ -78,43 +78,36 @@ def test_token_weights_by_hand():
 
 
 @every(
-    ("objective", "bounds", "ratio", "advantage", "slope"),
+    ("objective", "bounds", "ratio", "advantage", "value", "slope"),
     [
-        ("reinforce", {}, 5.0, -2.0, -2.0),  # does not look at the sampler
-        ("clipped", {}, 1.25, 2.0, 2.5),  # d(ratio A) / d logprob = ratio A
-        ("clipped", {}, 1.3, 2.0, 0.0),  # more likely by more than clip_high, 0.28: pushed no further
-        ("clipped", {}, 1.3, -2.0, -2.6),  # but pushed back
-        ("clipped", {}, 0.7, -2.0, 0.0),  # less likely by more than clip_low, 0.2: pushed no further
-        ("clipped", {}, 0.7, 2.0, 1.4),
-        ("clipped", {"clip_high": 0.5}, 1.4, 1.0, 1.4),  # DAPO: a rare token of a good response may grow further
-        ("clipped", {"clip_low": 0.4}, 0.7, -1.0, -0.7),
-        ("gspo", {}, 1.25, 2.0, 2.5),  # of a single token, as clipped
-        ("gspo", {"clip_high": 0.1}, 1.25, 2.0, 0.0),
-        ("cispo", {}, 0.25, 2.0, 0.5),
-        ("cispo", {}, 7.0, 2.0, 2.56),  # the weight stops at 1.28, the slope does not vanish
-        ("cispo", {"clip_high": 2.0}, 7.0, 2.0, 6.0),
+        ("reinforce", {}, 5.0, -2.0, -2 * math.log(2), -2.0),  # does not look at the sampler
+        ("clipped", {}, 1.25, 2.0, 2.5, 2.5),  # d(ratio A) / d logprob = ratio A
+        ("clipped", {}, 1.3, 2.0, 2.56, 0.0),  # more likely by more than clip_high, 0.28: pushed no further
+        ("clipped", {}, 1.3, -2.0, -2.6, -2.6),  # but pushed back
+        ("clipped", {}, 0.7, -2.0, -1.6, 0.0),  # less likely by more than clip_low, 0.2: pushed no further
+        ("clipped", {}, 0.7, 2.0, 1.4, 1.4),
+        ("clipped", {"clip_high": 0.5}, 1.4, 1.0, 1.4, 1.4),  # DAPO: a rare token of a good response may grow further
+        ("clipped", {"clip_low": 0.4}, 0.7, -1.0, -0.7, -0.7),
+        ("gspo", {}, 1.25, 2.0, 2.5, 2.5),  # of a single token, as clipped
+        ("gspo", {"clip_high": 0.1}, 1.25, 2.0, 2.2, 0.0),
+        # one ratio per response: of the first 1.0903, the cube root of 1.296; each logprob has a third of three slopes
+        ("gspo", {}, [1.2, 1.2, 0.9, 1.5], [2.0, 2.0, 2.0, 1.0], [2.18053] * 3 + [1.28], [2.18053] * 3 + [0.0]),
+        ("cispo", {}, 0.25, 2.0, 0.5 * math.log(0.1), 0.5),
+        ("cispo", {}, 7.0, 2.0, 2.56 * math.log(2.8), 2.56),  # the weight stops at 1.28, the slope does not vanish
+        ("cispo", {"clip_high": 2.0}, 7.0, 2.0, 6 * math.log(2.8), 6.0),
     ],
 )
-def test_slopes_of_the_objectives_by_hand(objective: str, bounds: dict, ratio: float, advantage: float, slope: float):
-    """The derivative of one token's objective by its logprob, where its probability under the sampler was 0.4."""
-    logprob, old_logprob = torch.tensor([0.4 * ratio]).log().requires_grad_(), torch.tensor([0.4]).log()
-    config = config_with(objective=objective, **bounds)
-    grpo.objective(logprob, old_logprob, torch.tensor([advantage]), [1], config.train).sum().backward()
-    assert logprob.grad.item() == pytest.approx(slope, rel=1e-5)
+def test_values_and_slopes_of_the_objectives_by_hand(objective, bounds, ratio, advantage, value, slope):
+    """The objective of a token, or of a response of three and one of one; its derivative by the logprob of each.
 
-
-def test_gspo_has_one_ratio_per_response_by_hand():
-    """Two responses: token ratios 1.2, 1.2, 0.9 (mean log ratio: the cube root of 1.296) and 1.5 alone, clipped.
-
-    The objective of each token of the first is 1.0903 * 2; its slope by each of the three logprobs is a third of the
-    sum of theirs, so the same. The second has advantage 1 and a ratio above 1.28: no slope.
+    The sampler's probability was 0.4.
     """
-    logprobs = torch.tensor([1.2, 1.2, 0.9, 1.5]).log().requires_grad_()
-    advantage = torch.tensor([2.0, 2.0, 2.0, 1.0])
-    objective = grpo.objective(logprobs, torch.zeros(4), advantage, [3, 1], config_with(objective="gspo").train)
-    assert objective.tolist() == pytest.approx([2.1805] * 3 + [1.28], abs=1e-4)
-    objective.sum().backward()
-    assert logprobs.grad.tolist() == pytest.approx([2.1805] * 3 + [0.0], abs=1e-4)
+    ratios, advantages, values, slopes = (torch.tensor([x]).flatten() for x in (ratio, advantage, value, slope))
+    logprobs, old_logprobs = (0.4 * ratios).log().requires_grad_(), torch.full_like(ratios, 0.4).log()
+    lengths, config = [3, 1] if len(ratios) == 4 else [1], config_with(objective=objective, **bounds)
+    found = grpo.objective(logprobs, old_logprobs, advantages, lengths, config.train)
+    found.sum().backward()
+    torch.testing.assert_close((found.detach(), logprobs.grad), (values, slopes), rtol=1e-5, atol=1e-6)
 
 
 @every("device", DEVICES)

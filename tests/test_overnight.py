@@ -11,16 +11,12 @@ import termios
 import time
 from pathlib import Path
 from signal import SIG_DFL, SIG_IGN, SIGHUP, SIGINT, signal
-from types import SimpleNamespace
 
 import pytest
-import torch
 
 import train
 from data_types import Episode
 from plumbing import model_folder
-from qwen2_model import Qwen2
-from rollout import Sampler
 from short_run import ROOT, Done, arguments, byte_rewards, resume, run, set_scores, small_world
 from small_hub import small_hub
 
@@ -107,15 +103,6 @@ def test_a_step_that_teaches_nothing_is_measured_and_moves_nothing(more, small, 
     for m in done.metrics()[2:]:
         assert (m["zero_variance"] == m["groups"], m["entropy"] > 1 > 1e5 * m["logprob_gap"]) == (not mask, True)
         assert (m["loss"], m["grad_norm"], m["skipped"]) == (0.0, 0.0, 0)
-
-
-@torch.inference_mode()
-def test_on_a_cpu_a_bf16_head_is_widened_once_per_wave(monkeypatch):
-    policy, heads = model_folder.load_model(ROOT / "tiny", torch.device("cpu"), torch.bfloat16), []
-    logits, sampler = Qwen2.logits, Sampler(policy, SimpleNamespace(end_ids=[0]), None, 9, None)
-    monkeypatch.setattr(Qwen2, "logits", lambda self, x, head: heads.append(head) or logits(self, x, head))
-    sampler.generate(policy, [[1, 2, 3], [4, 5]], torch.full((4, 9), 0.5), 1.0, 4)
-    assert ({head.dtype for head in heads}, len({*map(id, heads)}), len(heads)) == ({torch.float32}, 1, 9)
 
 
 def test_a_run_keeps_what_it_needs(small, tmp_path, monkeypatch):
