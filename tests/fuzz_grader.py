@@ -2,11 +2,10 @@
 
     PYTHONPATH=. python tests/fuzz_grader.py 1000000 [SEED]
 
-Each is graded by `countdown_task.grade`, which leaves the expression to Python's own parser, and by an oracle with one
-written by hand. The first response on which they disagree, or the grader raises or is slow, stops it.
+Each is graded by `countdown_task.grade`, which walks a syntax tree, and by an oracle that lets Python run it. The first
+response on which they disagree, or the grader raises or is slow, stops it.
 """
 
-import operator
 import random
 import re
 import sys
@@ -23,7 +22,6 @@ from countdown_task import MAX_EXPRESSION_LENGTH, Problem, grade
 DEEPEST = 200  # parentheses inside parentheses: Python's parser takes no more
 TAGS = ["<think>", "</think>", "<answer>", "</answer>"]
 SPACE = " \t\n\r\v\f"
-OPERATIONS = [{"+": operator.add, "-": operator.sub}, {"*": operator.mul, "/": operator.truediv}]
 TEXTS = """<ANSWER> < answer> <answer > </ answer> <answer/> <answ er> <|im_end|> <|im_start|> <|endoftext|> <b> </b>
     ( ) (( )) () + - * / ** // % ^ = == != , . ; : _ & | ~ ! # @ \\ ' " ` { } [ ] $ 0 1 2 3 7 12 007 -1 +1
     1.0 .5 1e3 1_000 0x1F 1j 9999999999999999999999 10**99 9**9**9 True None x lambda:0 __import__('os')
@@ -54,37 +52,16 @@ def oracle(response: str, truncated: bool, problem: Problem) -> dict[str, float]
 
 
 def evaluate(expression: str) -> tuple[Fraction, list[int]]:
-    """The value of an expression and its numbers, sorted; SyntaxError for any other text.
-
-    sum     = product (("+" | "-") product)*
-    product = factor (("*" | "/") factor)*
-    factor  = ("+" | "-")* (number | "(" sum ")")
-    """
-    tokens = re.findall(f"[0-9]+|[^{SPACE}]", expression)
-    stack = ["", *tokens[::-1]]  # the next token is stack[-1]; "" marks the end
-    value = read(stack)
-    if stack != [""]:
+    """The value of an expression and its numbers, sorted; SyntaxError for any other text. Run by Python itself, with a
+    variable for each number."""
+    text, numbers = re.sub(f"[{SPACE}]", " ", expression).strip(" "), re.findall("[0-9]+", expression)
+    if re.search(r"[^-+*/() 0-9]|[*]{2}|//|\b0[0-9]|\( *\)", text):
         raise SyntaxError(expression)
-    return value, sorted(int(token) for token in tokens if token.isdecimal())
-
-
-def read(stack: list[str], level: int = 0) -> Fraction:
-    """A sum (level 0) of products (level 1) of factors (level 2)."""
-    if level < 2:
-        value = read(stack, level + 1)
-        while stack[-1] in OPERATIONS[level]:
-            value = OPERATIONS[level][stack.pop()](value, read(stack, level + 1))
-        return value
-    sign = 1
-    while stack[-1] in ("+", "-"):
-        sign *= -1 if stack.pop() == "-" else 1
-    token = stack.pop()
-    if re.fullmatch("0|[1-9][0-9]*", token):
-        return Fraction(sign * int(token))
-    value = read(stack) if token == "(" else None
-    if value is None or stack.pop() != ")":
-        raise SyntaxError(token)
-    return sign * value
+    try:
+        value = eval(re.sub("([0-9]+)", r"n\1", text), {f"n{number}": Fraction(number) for number in numbers})
+    except TypeError:  # 2(3)
+        raise SyntaxError(expression) from None
+    return value, sorted(map(int, numbers))
 
 
 def random_expression(rng: random.Random, numbers: list[int]) -> str:

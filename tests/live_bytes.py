@@ -12,6 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import optimizer
+from qwen2_model import Qwen2, Qwen2Config
 
 
 class LiveBytes(TorchDispatchMode):
@@ -32,11 +33,10 @@ class LiveBytes(TorchDispatchMode):
         self._peak = max(self._peak, self.now)
 
     def __torch_dispatch__(self, function: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
-        given = {id(t.untyped_storage()) for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)}
         result = function(*args, **(kwargs or {}))
         for tensor in tree_leaves(result):
             storage = tensor.untyped_storage() if isinstance(tensor, Tensor) and tensor.is_meta else None
-            if storage is not None and id(storage) not in given and storage not in self._seen:
+            if storage is not None and storage not in self._seen:
                 self._seen.add(storage)
                 self.add(storage.nbytes())
                 weakref.finalize(storage, self.add, -storage.nbytes())
@@ -77,3 +77,11 @@ def cuda_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Tensor, "cpu", lambda tensor: torch.zeros(tensor.shape, dtype=tensor.dtype))
     monkeypatch.setattr(torch, "Generator", type("Generator", (torch.Generator,), new))
     monkeypatch.setattr(optimizer, "round_stochastically", lambda exact, generator: exact.to(torch.bfloat16))
+
+
+def policy_on(device: str, shape: Qwen2Config, dtype: str = "bfloat16") -> Qwen2:
+    with torch.device(device):
+        policy = Qwen2(shape)
+    for weight in policy.parameters():  # policy.to(dtype) fails with fake tensors
+        weight.data = weight.data.to(getattr(torch, dtype))
+    return policy

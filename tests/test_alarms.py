@@ -85,7 +85,6 @@ BEST, START = "checkpoints/best-000001", "the model it started from"
 ENDS = [  # the score after 0, 1, ... steps; what fails when the best weights are saved; what is said to be the best
     ([0.2, 0.5, 0.4, 0.1], None, [BEST, BEST]),  # in a warning and at the end
     ([0.5, 0.4, 0.4, 0.1], None, [START, START]),
-    ([0.4, 0.5, 0.4, 0.1], OSError(28, "No space left on device"), [START, START]),
     ([0.4, 0.5, 0.4, 0.1], TypeError("of a library"), [START, START]),
     ([0.2, 0.3, 0.5, 0.49], None, []),
 ]
@@ -114,7 +113,7 @@ def test_a_damaged_model_is_given_up_after_three_skipped_steps(small, tmp_path):
     assert resume(hopeless.folder).status == 2, "a count that only had to equal the bound has passed it"
 
 
-@pytest.mark.parametrize("place", ["advantage", "logprob", "gradient", "loss", "second update"])
+@pytest.mark.parametrize("place", ["advantage", "logprob", "gradient", "norm", "loss", "second update"])
 def test_one_bad_number_in_one_step_costs_that_step_and_no_more(place, small, calm, tmp_path, monkeypatch):
     """One nan that gets into AdamW's averages is there for good; clipping by its norm spreads it to every weight."""
     calls, accumulate_gradient = count(1), train.accumulate_gradient
@@ -129,6 +128,8 @@ def test_one_bad_number_in_one_step_costs_that_step_and_no_more(place, small, ca
         stats = accumulate_gradient(policy, episodes, *others)
         if now in ("gradient", "second update"):
             policy.layers[0].mlp.down_proj.weight.grad[3, 4] = math.inf
+        if now == "norm":
+            policy.layers[0].mlp.down_proj.weight.grad.fill_(1e38)  # whose squares are infinite
         return stats | {"loss": -math.inf} if now == "loss" else stats  # as from a token whose probability is 0
 
     monkeypatch.setattr(train, "accumulate_gradient", accumulate)
@@ -153,6 +154,8 @@ def small_card(patch, after: Path | None = None, **most: float) -> None:
         if size > most.get(phase, math.inf) and (not after or after.read_text().count("\n") > 1):
             activations = torch.zeros(1000)
             held.append(weakref.ref(activations))
+            if len(held) == 1:
+                torch.empty(2**60)  # no machine holds it
             raise RuntimeError("out of memory" if phase == "update" else "CUBLAS_STATUS_ALLOC_FAILED")
         return forward(self, tokens, *others, **named)
 
@@ -183,11 +186,7 @@ def no_graphs(patch) -> None:
     patch.setattr(torch._C, "_cuda_endAllocateToPool", Mock(), raising=False)
 
 
-GENERATE = Sampler.generate
-TROUBLES = {  # what the warnings name, and what happens: first, a tensor that no machine holds
-    "8 rows, 4 rows": lambda patch: patch.setattr(
-        Sampler, "generate", lambda *of: GENERATE(*of) if of[-1] <= 4 else torch.empty(2**60)
-    ),
+TROUBLES = {  # what the warnings name, and what happens
     # of the rows of up to 26 tokens four fit in a rollout, in an update one
     "8 rows, 4 rows, 128 tokens, 64 tokens, 32 tokens, 23 tokens": partial(small_card, rollout=110, update=30),
     "128 tokens": amid_an_update,
@@ -215,11 +214,8 @@ def test_a_run_that_had_to_try_again_ends_as_if_undisturbed(words, small, calm, 
 TOO_LITTLE = {  # how memory runs out; the first setting to change; the steps that are saved
     "sampling": (partial(small_card, rollout=10), "rollout.max_new_tokens", [1]),
     "update": (partial(small_card, update=10), "rollout.max_new_tokens", [1]),
-    "optimizer": (
-        lambda patch, _: patch.setattr("optimizer.AdamW._update", NO_MEMORY),
-        "train.optimizer",
-        [],
-    ),  # too late
+    # too late
+    "optimizer": (lambda patch, _: patch.setattr("optimizer.AdamW._update", NO_MEMORY), "train.optimizer", []),
     "loading": (lambda patch, _: patch.setattr("plumbing.model_folder.load_model", NO_MEMORY), "train.optimizer", []),
 }
 

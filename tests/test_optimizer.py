@@ -2,7 +2,6 @@
 weights hardly move, because each step is below half the spacing of bf16 numbers."""
 
 from dataclasses import replace
-from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -27,19 +26,14 @@ def gradients(noise: float, steps: int) -> Tensor:
     return 1e-3 * (sign + noise * torch.randn(steps, COUNT, generator=generator))
 
 
-def displacement(mode: str, noise: float, device: str = "cpu", steps: int = 500, resume_at: int = -1) -> Tensor:
+def displacement(mode: str, noise: float, device: str = "cpu", steps: int = 500) -> Tensor:
     """How far the weights have moved: as exactly as the mode knows it, or as the bf16 weights show it (`plain`)."""
     settings = replace(SETTINGS, optimizer=mode if mode in MODES else "master")
     start = WEIGHTS.to(device, torch.float32 if mode == "fp32" else torch.bfloat16)
     parameter = torch.nn.Parameter(start.clone())
     plain = torch.optim.AdamW([parameter], lr=1e-6, weight_decay=0.0)
     optimizer = plain if mode == "plain" else AdamW([parameter], settings)
-    for step, gradient in enumerate(gradients(noise, steps)):
-        if step == resume_at:  # with what a checkpoint holds, and nothing else
-            saved, optimizer = optimizer.tensors(), AdamW([parameter], settings)
-            optimizer.steps = step
-            for name, tensor in optimizer.tensors().items():
-                tensor.copy_(saved[name])
+    for gradient in gradients(noise, steps):
         parameter.grad = gradient.to(device, parameter.grad_dtype)
         optimizer.step()
     end = parameter.detach()
@@ -81,11 +75,10 @@ def test_table_of_the_readme(device: str):
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("mode", MODES)
-def test_neither_slices_nor_resuming_change_anything(mode: str, device: str, monkeypatch: pytest.MonkeyPatch):
-    """Offloaded state that is used before it has arrived would show here, and random rounding that starts anew."""
+def test_slices_change_nothing(mode: str, device: str, monkeypatch: pytest.MonkeyPatch):
+    """Offloaded state that is used before it has arrived would show here."""
     whole = displacement(mode, 3.0, device, steps=6)
     monkeypatch.setattr(Tensor, "to", lambda *to, to_=Tensor.to, **how: to_(*to, **how).clone())  # as another device's
-    assert torch.equal(displacement(mode, 3.0, device, steps=6, resume_at=3), whole)
     monkeypatch.setattr("optimizer.SLICE", 777)  # `split` rounds its moments with other random numbers then
     torch.testing.assert_close(displacement(mode, 3.0, device, 6), whole, rtol=0, atol=1e-7 * (mode == "split"))
 
@@ -128,4 +121,4 @@ def test_the_learning_rate_warms_up_and_falls():
     assert [learning_rate(step, settings) for step in (1, 2, 4, 5, 104)] == [0.25, 0.5, 1.0, 1.0, 1.0]
     rates = [learning_rate(step, replace(settings, schedule="cosine")) for step in range(1, 105)]
     assert [rates[0], rates[3], rates[53], rates[-1]] == pytest.approx([0.25, 1.0, 0.55, 0.1])
-    assert all(a > b for a, b in pairwise(rates[3:]))
+    assert rates[3:] == sorted(rates[3:], reverse=True)

@@ -62,9 +62,9 @@ def test_the_run_folder_holds_what_the_readme_promises(finished):
         assert re.findall(r"[\d.]+", line) == [scores[0][0], scores[-1][0]]
 
 
-def test_a_checkpoint_and_the_final_model_answer_in_transformers_as_they_do_here(finished):
+def test_the_models_before_during_and_after_answer_in_transformers_as_they_do_here(finished):
     """Opened the usual way a model used to get other ids for a prompt, and to talk nonsense."""
-    for folder in (finished.folder / "checkpoints" / "step-000002", finished.folder / "final"):
+    for folder in (ROOT / "tiny", finished.folder / "checkpoints" / "step-000002", finished.folder / "final"):
         agent = load_agent(str(folder), finished.folder / "config.yml", ["train.threads=1"])
         model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
         policy, task = agent.sampler.policy, agent.sampler.task
@@ -97,6 +97,7 @@ def test_each_step_samples_the_next_problems_with_random_numbers_of_its_own(smal
 
     def asking(self: Sampler, problems: list, size: int, temperature: float, generator: torch.Generator) -> list:
         asked.append((size, temperature, generator.initial_seed(), [*map(repr, problems)]))
+        assert {parameter.grad for parameter in self.policy.parameters()} == {None}, "in the way of the KV cache"
         return rollout(self, problems, size, temperature, generator)
 
     monkeypatch.setattr(Sampler, "rollout", asking)
