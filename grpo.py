@@ -51,7 +51,7 @@ def assign_advantages(episodes: list[Episode], config: Config) -> None:
     mean = rewards.mean(dim=1, keepdim=True)  # (Q, 1)
     std = rewards.std(dim=1, keepdim=True, correction=0)  # (Q, 1)
     advantage = (rewards - mean) / std if config.train.divide_by_std else rewards - mean  # (Q, G)
-    zero_variance = rewards.amax(dim=1) - rewards.amin(dim=1) < 1e-9  # std would be only rounding error
+    zero_variance = rewards.amax(dim=1) - rewards.amin(dim=1) < 1e-9  # std is rounding error
     advantage[zero_variance] = 0.0
     for episode, value in zip(episodes, advantage.flatten().tolist(), strict=True):
         episode.advantage = value

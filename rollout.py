@@ -76,7 +76,8 @@ class Sampler:
         while len(responses) < len(rows):
             done = len(responses)
             left = prompts[mine][done // group_size :]
-            wave = partial(self.generate, policy, left, rows[done:], temperature)  # attempt adds max_rows
+            # `attempt` adds the last argument, max_rows
+            wave = partial(self.generate, policy, left, rows[done:], temperature)
             responses += self.rows_at_a_time.attempt(wave, least=group_size, size=len(rows) - done)
         episodes = []
         for row, (ids, logprobs, truncated) in enumerate(all_gather(responses)):

@@ -81,7 +81,7 @@ def replace_zero_variance(run: Run, step: int, episodes: list[Episode]) -> list[
         assign_advantages(more, run.config)
         episodes += more
         active += with_variance(more, size)
-    return active or episodes[:size]  # one group without variance, where there is no other: an update of zero
+    return active or episodes[:size]  # no group has variance: one of them, whose gradient is zero
 
 
 def with_variance(episodes: list[Episode], group_size: int) -> list[Episode]:
