@@ -20,7 +20,6 @@ rule that some numbers may stay unused (the public data set does not have it).
 import ast
 import operator
 import re
-import string
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any
@@ -89,14 +88,14 @@ def grade(response: str, truncated: bool, problem: Problem) -> dict[str, float]:
     if TAG.findall(text) != TAGS_IN_ORDER:
         return {"format": 0.0, "correct": 0.0}
     _, _thoughts, between, answer, after = TAG.split(text)
-    well_formed = not truncated and not WHITE_SPACE.sub("", between) and not after
+    well_formed = not truncated and not WHITE_SPACE.sub("", between + after)
     return {"format": 0.1 * well_formed, "correct": 1.0 * _is_solution(answer, problem)}
 
 
 def _is_solution(answer: str, problem: Problem) -> bool:
     """Whether the text is an expression that solves the problem, with or without "= target" after it."""
     expression, equals, stated = answer.partition("=")
-    if equals and stated.strip(string.whitespace) != str(problem.target):
+    if equals and stated.strip(" \t\n\r\v\f") != str(problem.target):
         return False
     return evaluate_expression(expression, problem.numbers) == problem.target
 
@@ -139,15 +138,16 @@ class Settings(DataSettings):
 
     most_numbers: int = setting(6, "problems with at most so many numbers", at_least=2, at_most=6)
     target_high: int = setting(1_000_000, "problems with a target of at most this", at_least=1)
+    columns: str = setting("nums/numbers,target/goal", "the two columns' names", "[^,]+,[^,]+")
 
 
 def load_problems(data: Settings) -> list[Problem]:
-    """The problems of a parquet file, or of all parquet files in a folder, that pass the filters in `data`.
+    """The problems of the parquet files at `data.path` that pass the filters in `data`.
 
-    The files hold the columns `nums` (lists of 2 to 6 positive integers) and `target` (positive integers). Raises
-    UserError when a file cannot be read or no problem is left.
+    The files hold the columns `nums` (lists of 2 to 6 positive integers) and `target` (positive integers), or others
+    that `data.columns` names. Raises UserError when a file cannot be read or no problem is left.
     """
-    problems = read_problems(data.path, ["nums", "target"], problem_from_row)
+    problems = read_problems(data, data.columns, problem_from_row)
     kept = [p for p in problems if len(p.numbers) <= data.most_numbers and p.target <= data.target_high]
     if not kept:
         raise UserError(f"{data.path}: no problem passes data.most_numbers and data.target_high: raise them")

@@ -82,9 +82,7 @@ class RolloutSettings:
     group_size: int = setting(16, "responses per question", also="n num_generations", at_least=2)
     questions_per_step: int = setting(16, "questions per step", also="batch_size", at_least=1)
     max_draws: int = setting(1, "dynamic sampling: most draws per step", at_least=1, at_most=100)
-    max_new_tokens: int = setting(
-        REQUIRED, "longest response, in tokens", also="max_tokens max_completion_length", at_least=1
-    )
+    max_new_tokens: int = setting(REQUIRED, "longest response, tokens", also="max_tokens", at_least=1)
     temperature: float = setting(1.0, "the logits are divided by it", at_least=0.01)
 
 
@@ -101,21 +99,19 @@ class TrainSettings:
     optimizer: str = setting("master", "see optimizer.py", "master", "split", "offload")
     beta1: float = setting(0.9, "decay of AdamW's mean of the gradients", at_least=0, below=1)
     beta2: float = setting(0.999, "decay of AdamW's mean of squared gradients", at_least=0, below=1)
-    max_grad_norm: float = setting(1.0, "larger gradients are scaled down", also="max_norm", above=0)
+    max_grad_norm: float = setting(1.0, "larger ones are scaled down", also="max_norm", above=0)
     divide_by_std: bool = setting(True, "divide advantages by the group's std; Dr. GRPO: false")
     objective: str = setting("reinforce", "see grpo.py", "reinforce", "clipped", "gspo", "cispo")
     updates_per_batch: int = setting(1, "optimizer steps per batch", also="num_iterations mu", at_least=1)
     clip_low: float = setting(0.2, "clipped, gspo: least ratio, 1 - this", also="epsilon", above=0, at_most=1)
     clip_high: float = setting(0.28, "largest ratio, 1 + this", also="epsilon", above=0)
-    divide_loss_by: str = setting(
-        "limit", "the denominator", "tokens", "responses", "limit", also="loss_type"
-    )
+    divide_loss_by: str = setting("limit", "the denominator", "tokens", "responses", "limit")
     truncated: str = setting("keep", "mask: truncated responses out of the loss", "keep", "mask")
     tokens_per_microbatch: int = setting(8192, "tokens per backward", also="micro_batch_size", at_least=1)
     activation_checkpointing: bool = setting(False, "recompute activations in backward")
     max_skips: int = setting(3, "steps in a row with NaN or Inf before the run ends", at_least=1)
     shard: bool = setting(False, "several GPUs: shard weights, gradients, optimizer (FSDP2)")
-    threads: int = setting(0, "CPU threads; 0: one per core, at most 8", at_least=0, at_most=1024)
+    threads: int = setting(0, "0: OMP_NUM_THREADS, else the free cores", at_least=0, at_most=1024)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -134,6 +130,7 @@ class DataSettings:
 
     task: str = setting("countdown", "NAME: train on NAME_task.py", "[a-z][a-z0-9_]*")
     path: str = setting("", "file, folder or hub id; empty: the task makes them", also="dataset")
+    files: str = setting("", "pattern such as test-*; empty: a train split, else all", also="split")
     revision: str = setting("main", "branch, tag or commit on the hub")
     held_out: int = setting(512, "problems kept out of training, for evaluation", at_least=1)
 
@@ -142,7 +139,7 @@ class DataSettings:
 class EvalSettings:
     """Measuring the score on held-out problems."""
 
-    every: int = setting(10, "steps between evaluations; 0: before and after training only", at_least=0)
+    every: int = setting(10, "steps between evaluations; 0: only before and after", at_least=0)
 
 
 @dataclass(frozen=True, kw_only=True)

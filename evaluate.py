@@ -3,21 +3,27 @@
     python evaluate.py runs/NAME/final                                # a table; with --json one line
     python evaluate.py runs/NAME/final --numbers 3 7 12 --target 33   # one answer, as it is sampled, and its grade
     python evaluate.py --compare tiny runs/NAME/final                 # two models on the same problems, some answers
+    python evaluate.py runs/NAME/final --all data.files='test-*'      # every problem of a data set's test split
 
 Any Qwen2.5 folder or hub id works. The settings (task, problems, length limit, device) are those of the run that a
-model belongs to, else of config_tiny.yml; --config and SETTING=VALUE choose others.
+model belongs to, else of config_tiny.yml; --config and SETTING=VALUE choose others. Relative paths may also be those of
+this program's folder.
 
 The held-out problems are those that training with these settings never sees: a model that was trained with others may
 have seen them. Standard errors are over problems.
 """
 
 import argparse
+import itertools
 import json
 import math
+import os
 import re
 import sys
 from collections.abc import Iterator
 from contextlib import redirect_stdout
+from dataclasses import MISSING, fields, replace
+from fractions import Fraction
 from functools import partial
 from pathlib import Path
 from statistics import fmean
@@ -25,6 +31,7 @@ from typing import Any, get_args, get_type_hints
 
 import torch
 
+import countdown_task
 from data_types import Episode
 from plumbing.config import load_config
 from plumbing.model_folder import find_folder
@@ -34,18 +41,28 @@ from plumbing.terminal import UserError, exit_status, run_program, say
 from rollout import Decoder, KVCache
 from train import make_generator, mean_and_error
 
+ROOT = Path(__file__).resolve().parent
 ROWS = 256  # responses sampled at a time; fewer where memory runs out
 OVERRIDE = re.compile(r"[a-z_]+\.[a-z0-9_]+=")
 Figures = dict[str, Any]  # as --json prints them
 
 
-def load_agent(model: str, config_path: Path, overrides: list[str]) -> Agent:
-    """A model, ready to answer, with the settings of a config."""
-    if (Path(model) / "final").is_dir():  # a run's folder
-        model = f"{model}/final"
+def load_agent(model: str, config_path: Path, overrides: list[str], everything: bool = False) -> Agent:
+    """A model, ready to answer, with the settings of a config; its held-out problems may be `everything` there is."""
     own = [] if model == load_config(config_path).model.path else ["model.revision=main"]
-    config = load_config(config_path, ["model.device=auto", *own, *overrides, f"model.path={model}"])
-    return set_up(config, find_folder(config.model), ROWS)
+    model = beside_program(f"{model}/final" if (Path(model) / "final").is_dir() else model)  # a run's folder
+    more = ["data.held_out=1"] if everything else []
+    config = load_config(config_path, ["model.device=auto", *own, *overrides, *more, f"model.path={model}"])
+    config = replace(config, data=replace(config.data, path=beside_program(config.data.path)))
+    agent = set_up(config, find_folder(config.model), ROWS)
+    if everything:
+        agent.held_out += agent.training
+    return agent
+
+
+def beside_program(path: str) -> str:
+    """A relative path that is only there from this program's folder, as it is from here; any other as it is."""
+    return str(ROOT / path) if path and not os.path.exists(path) and os.path.exists(ROOT / path) else path
 
 
 def find_config(words: list[str]) -> Path:
@@ -56,7 +73,7 @@ def find_config(words: list[str]) -> Path:
         folder for word in words for folder in (Path(word), *Path(word).parents[:2]) if Path(word).is_dir()
     ]
     found = [folder / "config.yml" for folder in folders if (folder / "metrics.jsonl").is_file()]
-    return [*found, Path(__file__).parent / "config_tiny.yml"][0]
+    return [*found, ROOT / "config_tiny.yml"][0]
 
 
 # ---- Scores ----------------------------------------------------------------------------------------------------
@@ -159,6 +176,46 @@ def compare(agents: dict[str, Agent], count: int, temperature: float, seed: int)
 # ---- One question ----------------------------------------------------------------------------------------------
 
 
+def reachable(numbers: tuple[Fraction, ...]) -> set[Fraction]:
+    """The values of all Countdown expressions that use each number once, without their signs."""
+    if len(numbers) == 1:
+        return {*numbers}
+    found: set[Fraction] = set()
+    for i, j in itertools.combinations(range(len(numbers)), 2):
+        a, b = numbers[i], numbers[j]
+        rest = [number for place, number in enumerate(numbers) if place not in (i, j)]
+        quotients = [up / down for up, down in ((a, b), (b, a)) if down]
+        for value in {a + b, abs(a - b), a * b, *quotients}:
+            found |= reachable((*rest, value))
+    return found
+
+
+def is_unsolvable(problem: Any) -> bool:
+    """Whether a Countdown problem of up to four numbers has no solution; with more the search takes too long."""
+    if len(problem.numbers) > 4:
+        return False
+    return abs(problem.target) not in reachable(tuple(map(Fraction, problem.numbers)))
+
+
+def check_question(task: str, problem: Any) -> None:
+    """UserError for numbers that no problem of Countdown has; says if there is no solution."""
+    if not isinstance(problem, countdown_task.Problem):
+        return
+    if countdown_task.problem_from_row([*problem.numbers], problem.target) is None:
+        most = f"{countdown_task.MAX_NUMBER:,}"
+        raise UserError(f"not a problem of this task: give 2 to 6 numbers and a target, all from 1 to {most}")
+    if task == "countdown" and is_unsolvable(problem):
+        say(f"(no expression of {list(problem.numbers)} equals {problem.target})")
+
+
+def count_unsolvable(task: str, problems: list[Any]) -> None:
+    """Say how many of Countdown's problems have no solution: of all of them, or of the first 200."""
+    some = [problem for problem in problems[:200] if task == "countdown" and is_unsolvable(problem)]
+    if some:
+        example = f"{list(some[0].numbers)} to {some[0].target}"
+        say(f"{len(some)} of {len(problems[:200])} problems have no solution, such as {example}")
+
+
 def problem_options(task_problem: Any) -> dict[str, dict[str, Any]]:
     """What argparse is to know of each field of a task's Problem, such as --numbers 3 7 12."""
     options: dict[str, dict[str, Any]] = {}
@@ -204,6 +261,7 @@ def ask(agent: Agent, values: Figures, temperature: float, seed: int) -> Figures
         question = agent.sampler.task.question_text(problem)
     except (TypeError, ValueError) as error:
         raise UserError(f"not a problem of this task: {error}") from None
+    check_question(agent.config.data.task, problem)
     say(f"{question}\n\n{agent.sampler.task.ASSISTANT_PREFIX}", end="")
     episode = stream(agent, problem, temperature, seed)
     try:
@@ -226,7 +284,8 @@ def main(argv: list[str] | None = None) -> int:
 def run(words: list[str]) -> None:
     config_path = find_config(words)
     overrides = [word for word in words if OVERRIDE.match(word)]
-    options = problem_options(load_task(load_config(config_path, overrides).data.task).Problem)
+    problem_type = load_task(load_config(config_path, overrides).data.task).Problem
+    options = problem_options(problem_type)
     summary, _, details = (__doc__ or "").partition("\n")
     parser = argparse.ArgumentParser(description=summary, epilog=details, allow_abbrev=False)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
@@ -238,15 +297,19 @@ def run(words: list[str]) -> None:
     )
     parser.add_argument("--temperature", type=float, help="default: 1, and 0 (greedy) for a problem of yours")
     parser.add_argument("--seed", type=int, default=0, help="seed of the random numbers")
+    parser.add_argument("--all", action="store_true", help="all problems of the data, not the held-out ones")
     parser.add_argument("--json", action="store_true", help="print one line of JSON")
     for name, option in options.items():
         parser.add_argument(f"--{name}", help="of the problem to ask about", **option)
-    arguments = parser.parse_intermixed_args(words)
-    models = [word for word in arguments.words if word not in overrides]
+    arguments = parser.parse_intermixed_args([word for word in words if word not in overrides])
+    models = arguments.words
     given = {name: getattr(arguments, name) for name in options if getattr(arguments, name) is not None}
-    check_arguments(arguments, models, given)
+    check_arguments(arguments, models, given, problem_type)
     temperature = arguments.temperature if arguments.temperature is not None else 0.0 if given else 1.0
-    agents = {model: load_agent(model, config_path, overrides) for model in models}
+    with redirect_stdout(sys.stderr if arguments.json else sys.stdout):
+        agents = {model: load_agent(model, config_path, overrides, arguments.all) for model in models}
+        if not given:
+            count_unsolvable(agents[models[0]].config.data.task, agents[models[0]].held_out)
     agent, seed = agents[models[0]], arguments.seed
     if given:
         question = {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
@@ -261,14 +324,21 @@ def run(words: list[str]) -> None:
     if arguments.json:
         say(json.dumps({"models": models, "task": agent.config.data.task, **figures}))
     elif lines:
-        say(f"{agent.config.data.task}: {len(agent.held_out)} held-out problems, settings of {config_path}")
+        kind = "problems" if arguments.all else "held-out problems"
+        say(f"{agent.config.data.task}: {len(agent.held_out)} {kind}, settings of {config_path}")
         say("\n".join(lines))
 
 
-def check_arguments(arguments: argparse.Namespace, models: list[str], question: Figures) -> None:
-    """UserError for arguments that do not go together."""
+def check_arguments(
+    arguments: argparse.Namespace, models: list[str], question: Figures, problem_type: Any
+) -> None:
+    """UserError for arguments that do not go together, or are missing."""
     if arguments.compare and question:
         raise UserError("--compare does not go with a question of yours")
+    needed = [field.name for field in fields(problem_type) if field.default is MISSING] if question else []
+    missing = [f"--{name}" for name in needed if name not in question]
+    if missing:
+        raise UserError(f"a question of yours needs more: give {' and '.join(missing)}")
     if len(models) != (2 if arguments.compare else 1):
         raise UserError(
             "name one model, such as runs/NAME/final, or two after --compare; --help shows examples"

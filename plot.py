@@ -1,7 +1,7 @@
 """Draws the curves of runs: reward, held-out score, length, entropy, zero-variance groups and time, in one picture.
 
-    python plot.py runs/NAME                       # writes runs/NAME/curves.png
-    python plot.py runs/A runs/B runs/C            # compares them, in runs/A/curves.png
+    python plot.py runs/NAME                       # or NAME; writes runs/NAME/curves.png
+    python plot.py runs/A runs/B runs/C            # compares them, in runs/A/compared.png
     python plot.py runs/A runs/B --minutes --out docs/learning.png
 
 With --minutes the x axis is the time spent sampling and updating, as on the machine where the runs were made. Needs
@@ -15,14 +15,13 @@ from typing import Any
 
 import pandas
 
+from plumbing.checkpoint import find_run
 from plumbing.terminal import UserError, say, warn
 
 
 def read_run(folder: Path) -> pandas.DataFrame:
     """A run's metrics by step, with `minutes`: time spent sampling and updating up to the end of each step."""
     path = folder / "metrics.jsonl"
-    if not path.is_file():
-        raise UserError(f"{folder}: no run: it holds no metrics.jsonl")
     try:
         metrics = pandas.read_json(path, lines=True)
         spent = metrics[["rollout_seconds", "update_seconds"]].fillna(0).sum(axis=1)
@@ -36,7 +35,7 @@ def read_run(folder: Path) -> pandas.DataFrame:
 
 PANELS = {  # column: title, label of the y axis
     "reward": ("reward of the sampled responses", "mean of a step"),
-    "eval_greedy": ("held-out score, greedy", "mean and its standard error"),
+    "eval_greedy": ("held-out score, greedy (sampled: dotted)", "mean and its standard error"),
     "response_length": ("response length", "tokens"),
     "entropy": ("entropy of the policy", "nats per token"),
     "zero_variance_share": ("zero-variance groups", "share of a step's groups"),
@@ -54,10 +53,10 @@ def draw(runs: dict[str, pandas.DataFrame], x: str) -> Any:
         for number, run in enumerate(runs.values()):
             there, colour = run.dropna(subset=column), f"C{number}"
             if column == "eval_greedy":
-                error = there.eval_greedy_se
-                axes.errorbar(
-                    there[x], there[column], error, color=colour, marker="o", markersize=4, capsize=2
-                )
+                for score, line in (("eval_greedy", "-"), ("eval_sampled", ":")):
+                    some = run.dropna(subset=score)
+                    style = {"color": colour, "linestyle": line, "marker": "o", "markersize": 4, "capsize": 2}
+                    axes.errorbar(some[x], some[score], some[f"{score}_se"], **style)
             elif len(there) > 20:  # the points, and their mean over a few steps
                 axes.plot(there[x], there[column], color=colour, alpha=0.25, linewidth=1)
                 smooth = there[column].rolling(5, center=True, min_periods=1).mean()
@@ -78,16 +77,20 @@ def draw(runs: dict[str, pandas.DataFrame], x: str) -> Any:
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Draw the curves of runs.")
-    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="a run's folder, such as runs/NAME")
-    parser.add_argument("--out", type=Path, help="the picture; default: curves.png in the first run's folder")
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="a run: its name, folder, or `latest`")
+    parser.add_argument(
+        "--out", type=Path, help="default: curves.png, or compared.png, in the first run's folder"
+    )
     parser.add_argument("--minutes", action="store_true", help="against minutes instead of steps")
     arguments = parser.parse_args(argv)
-    out = arguments.out or arguments.runs[0] / "curves.png"
+    out = arguments.out
     try:
-        names = [folder.name or folder.resolve().name for folder in arguments.runs]
+        folders = [find_run(name) for name in arguments.runs]
+        out = out or folders[0] / ("curves.png" if len(folders) == 1 else "compared.png")
+        names = [folder.name or folder.resolve().name for folder in folders]
         unique = len({*names}) == len(names)
-        titles = names if unique else map(str, arguments.runs)
-        runs = dict(zip(titles, map(read_run, arguments.runs), strict=True))
+        titles = names if unique else map(str, folders)
+        runs = dict(zip(titles, map(read_run, folders), strict=True))
         draw(runs, "minutes" if arguments.minutes else "step").savefig(out, dpi=110)
     except UserError as error:
         warn(f"{error}", "plot.py")

@@ -8,6 +8,7 @@ Left out: truncation, padding and batching (masks come from lengths, see rollout
 sandbox keeps a template away from all but its own variables; it does not keep one from being slow.
 """
 
+from contextlib import suppress
 from pathlib import Path
 
 from tokenizers import Tokenizer as BytePairTokenizer
@@ -51,40 +52,42 @@ class Tokenizer:
         open_turn: end with the opening of the assistant's turn.
         """
         try:  # tools: templates ask whether they are None
-            chat = {"messages": messages, "tools": None, "add_generation_prompt": open_turn}
-            text = self._template.render(self._special_tokens, **chat)
-            text.encode()  # half of a surrogate pair is no text
+            chat = {"messages": messages, "tools": None, "documents": None, **self._special_tokens}
+            text = self._template.render(chat, add_generation_prompt=open_turn)
+            return text.encode().decode()  # half of a surrogate pair is no text
         except Exception as error:  # a template is a foreign program, which may raise anything
             raise UserError(f"{self.folder}: the chat template fails: {str(error)[:200]}") from None
-        return text
 
     def encode_prompt(self, question: str, assistant_prefix: str) -> list[int]:
         """Ids of a one-question chat whose assistant turn is already opened with `assistant_prefix`."""
         chat = self.render_chat([{"role": "user", "content": question}])
         if question.strip() not in chat:
             raise UserError(f"{self.folder}: the chat template leaves the question out")
+        if chat.rstrip().endswith("<think>"):  # once is enough
+            assistant_prefix = assistant_prefix.removesuffix("<think>")
         return self.encode(chat + assistant_prefix)
 
     def _find_end_ids(self) -> list[int]:
-        """The ids in generation_config.json's eos_token_id (one or a list) and of the eos_token."""
-        path = self.folder / "generation_config.json"
-        listed = read_json(path).get("eos_token_id") if path.exists() else None
-        ids = listed if isinstance(listed, list) else [] if listed is None else [listed]
-        if not all(type(i) is int and 0 <= i < len(self) for i in ids):
-            raise UserError(f"{path}: eos_token_id is {listed}; ids go from 0 to {len(self) - 1}")
+        """The ids of the eos_token, of both files' eos_token_id, and of what closes an assistant's turn."""
         eos = self._special_tokens.get("eos_token")
-        eos_ids = [] if eos is None else [self._bpe.token_to_id(eos)]
-        if None in eos_ids or not ids + eos_ids:
-            raise UserError(f"{self.folder}: the eos_token is not in tokenizer.json")
-        return sorted({*ids, *eos_ids})
+        ids: list = [] if eos is None else [self._bpe.token_to_id(eos)]
+        for path in (self.folder / "config.json", self.folder / "generation_config.json"):
+            listed = read_json(path).get("eos_token_id") if path.exists() else None
+            ids += listed if isinstance(listed, list) else [] if listed is None else [listed]
+        special = {i for i, token in self._bpe.get_added_tokens_decoder().items() if token.special}
+        said = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "GOODBYE"}]
+        with suppress(UserError):  # a template may know no such chat
+            after = self.render_chat(said, open_turn=False).partition("GOODBYE")[2]
+            ids += [i for i in self.encode(after) if i in special][:1]
+        if not ids or not all(type(i) is int and 0 <= i < len(self) for i in ids):
+            raise UserError(f"{self.folder}: bad eos_token_id (config.json, {path.name}) or eos_token: {ids}")
+        return sorted({*ids})
 
 
 def load_bpe(path: Path) -> BytePairTokenizer:
     """The tokenizer of tokenizer.json, without the truncation and padding that its last user may have set."""
     try:
         bpe = BytePairTokenizer.from_file(str(path))
-    except KeyboardInterrupt:
-        raise
     except BaseException as error:  # a bare Exception, or a Rust panic, which is not even that
         raise UserError(f"{path}: not a tokenizer that `tokenizers` can read ({error})") from None
     bpe.no_truncation()

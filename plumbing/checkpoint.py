@@ -15,7 +15,6 @@ up to kernels whose sums are not deterministic.)
 Left out: saving in the background, and less than everything (a 3B checkpoint is 25 GB: mind checkpoint.every and keep).
 """
 
-import fcntl
 import os
 import shutil
 import time
@@ -37,6 +36,7 @@ from qwen2_model import Qwen2
 
 LOCK, CHECKSUMS, VERSION = "lock", "checksums.json", 4
 FIXED = ("model.path", "model.revision", "model.dtype", "data.", "train.seed", "train.optimizer")  # within a run
+MOVABLE = ("data.path", "data.files", "data.revision", "data.columns")  # the problems decide, wherever they are now
 
 
 def save_checkpoint(
@@ -112,6 +112,10 @@ def new_run_folder(config: Config, name: str | None) -> Path:
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
     """Keep other processes out of a run's folder; UserError if one is in it. A folder left empty is removed."""
+    try:
+        import fcntl
+    except ImportError:
+        raise UserError("no file locks (fcntl) on this system: train on Linux or macOS, or in WSL") from None
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / LOCK, "a") as lock:
         try:
@@ -135,7 +139,8 @@ def find_run(name: str) -> Path:
     for folder in (Path(name), Path("runs") / name):
         if name and (folder / "metrics.jsonl").is_file():
             return folder
-    raise UserError(f"--resume {name}: no run there, nor in the folder runs (a run has a metrics.jsonl)")
+    names = ", ".join(path.parent.name for path in there[-20:])
+    raise UserError(f"{name}: no run there (none with a metrics.jsonl); the folder runs has {names or 'none'}")
 
 
 def prepare_resume(run_folder: Path, config: Config) -> tuple[Path, Progress]:
@@ -152,10 +157,10 @@ def prepare_resume(run_folder: Path, config: Config) -> tuple[Path, Progress]:
     was, now = values(load_config(run_folder / "config.yml")), values(config)
     changed = [name for name in now if now[name] != was.get(name)]
     for name in changed:
-        if name.startswith(FIXED):
+        if name.startswith(FIXED) and name not in MOVABLE:
             raise UserError(f"{name} is {now[name]} but was {was[name]}: set it back, or start another run with --name")
         say(f"resuming with {name} {now[name]}, which was {was[name]}")
     for left in (*run_folder.glob(f"*{PARTIAL}"), *run_folder.glob(f"checkpoints/*{PARTIAL}")):
-        shutil.rmtree(left, ignore_errors=True)
+        shutil.rmtree(left) if left.is_dir() else left.unlink()
     say(f"resuming from {newest}")
     return newest, progress

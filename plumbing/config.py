@@ -20,7 +20,6 @@ from plumbing.files import read_text
 from plumbing.tasks import load_task
 from plumbing.terminal import UserError
 
-LEFT_OUT = ("wandb", "kl_coef", "kl_coeff", "kl_beta", "beta", "top_k", "top_p")  # of what other trainers have
 BOUNDS = {"at_least": operator.ge, "above": operator.gt, "at_most": operator.le, "below": operator.lt}
 
 
@@ -139,8 +138,6 @@ def allowed(spec: Field) -> str:
 def suggestion(name: str, known: dict[str, Field]) -> str:
     """What a person may have meant by an unknown name."""
     key = name.rpartition(".")[2]
-    if key in LEFT_OUT:
-        return "It is left out here: the end of README.md says why"
     close = [other for other in known if other.endswith(f".{key}")]  # in another section
     close = close or [ours for ours, spec in known.items() if key in spec.metadata["also"].split()]
     close = close or difflib.get_close_matches(name, known, n=1, cutoff=0.6)

@@ -38,7 +38,8 @@ class Logbook:
 
     def __init__(self, folder: Path, config: Config, task: Task, progress: Progress) -> None:
         self.folder, self.config, self.task = folder, config, task
-        write_text(folder / "config.yml", dump_config(config))
+        if not progress.files:  # a resumed run keeps its own until it trains a step with other settings
+            write_text(folder / "config.yml", dump_config(config))
         self.files = {name: open(folder / name, "ab", 2**20) for name in ("metrics.jsonl", "samples.jsonl")}  # noqa: SIM115
         for name, file in self.files.items():
             written = os.fstat(file.fileno()).st_size
@@ -69,6 +70,8 @@ class Logbook:
         self.append("metrics.jsonl", {"step": step, **clean})
         self.append("samples.jsonl", *(self.sample(step, e) for e in episodes[: self.config.output.samples]))
         with training_continues(f"{self.folder}"):  # TensorBoard's writer does not recover, the files do
+            if step:
+                write_text(self.folder / "config.yml", dump_config(self.config))
             for key, value in clean.items():
                 if value is not None:
                     self.tensorboard.add_scalar(key, value, step)
@@ -165,22 +168,18 @@ class Alarms:
         self.steps_at_zero = self.steps_at_zero + 1 if score == 0 else 0
         collapsed = self.best >= 0.1 and score < 0.1 * self.best
         fallen = progress.best - metrics.get("eval_greedy", progress.best)
+        much = max(0.2 * abs(progress.best), 4 * metrics.get("eval_greedy_se", 0.0))
+        flat = metrics["zero_variance"] > metrics["groups"] / 2 and not collapsed
+        hopeless = self.steps_at_zero >= PATIENCE and not collapsed
+        narrow = some_variance and entropy < 0.1 * (self.first_entropy or 0.0)
         lower, best = f"lower train.learning_rate (it is {self.config.train.learning_rate:g})", best_weights(progress)
         self.warn(collapsed, f"{self.score} has collapsed: {lower} and start again; {best}")
-        much = max(0.2 * abs(progress.best), 4 * metrics.get("eval_greedy_se", 0.0))
         self.warn(fallen > much, f"held-out {self.score} is far below its best: {lower}; {best}")
-        flat = metrics["zero_variance"] > metrics["groups"] / 2 and not collapsed
-        cures = "choose questions that the model solves sometimes, or raise rollout.group_size or rollout.max_draws"
-        self.warn(flat, f"most groups have zero variance and teach nothing: {cures}")
-        hopeless = self.steps_at_zero >= PATIENCE and not collapsed
-        cures = "easier problems (data.*) or a stronger model; does samples.jsonl show the form that the task wants?"
-        self.warn(hopeless, f"{self.score} has been 0 for every response for a while: choose {cures}")
-        narrow = some_variance and entropy < 0.1 * (self.first_entropy or 0.0)
-        cures = f"{lower}, or raise train.clip_high with train.objective=clipped"
-        self.warn(narrow, f"the entropy is below a tenth of what it was, so the policy hardly explores: {cures}")
+        self.warn(flat, "most groups have zero variance: raise rollout.group_size, or choose other questions (data.*)")
+        self.warn(hopeless, f"{self.score} has been 0 for every response for a while: easier problems (data.*)?")
+        self.warn(narrow, f"the entropy is below a tenth of what it was: {lower}, or raise train.clip_high")
         self.warn(metrics["truncated"] > 0.5, "more than half are truncated: raise rollout.max_new_tokens")
-        differ = f"trainer and sampler differ: by {gap:.2g} per logprob (bound {self.bound:g})"
-        self.warn(not gap <= self.bound, f"{differ}, from a bug or a broken GPU")
+        self.warn(not gap <= self.bound, f"trainer and sampler differ: {gap:.2g} per logprob, a bug or a broken GPU")
 
     def warn(self, seen: bool, advice: str) -> None:
         kind = advice.partition(":")[0]

@@ -16,12 +16,15 @@ import json
 import os
 import re
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import fields
+from datetime import datetime
 from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
 import jinja2
+import jinja2.ext
 import torch
 from huggingface_hub import save_torch_state_dict, snapshot_download
 from jinja2.sandbox import ImmutableSandboxedEnvironment
@@ -34,9 +37,9 @@ from plumbing.terminal import UserError, one_line
 from qwen2_model import Qwen2, Qwen2Config
 
 CONFIG = "config.json"
-# vocab.json and merges.txt are the older form of tokenizer.json, kept for other programs
-TOKENIZER_FILES = ["tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json"]
-TOKENIZER_FILES += ["vocab.json", "merges.txt"]
+GENERATION = "generation_config.json"
+TOKENIZER_FILES = ["tokenizer.json", "tokenizer_config.json", "chat_template.jinja", GENERATION]
+ADAPTER, INDEX = "adapter_config.json", "model.safetensors.index.json"
 STORED_TYPES = (torch.bfloat16, torch.float16, torch.float32)
 SHARD_BYTES = 5 * 10**9  # the most that one file of weights holds
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+", re.ASCII)  # owner/name
@@ -48,6 +51,8 @@ HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+", re.ASCII)  # owner/name
 def find_folder(settings: ModelSettings | DataSettings) -> Path:
     """`settings.path` (a data set may be a file), or the folder of that hub id ("owner/name"), fetched if need be.
 
+    A name in a folder that is here is a path, no hub id.
+
     The huggingface_hub library does the work, so its environment variables hold: HF_TOKEN, HF_ENDPOINT, HF_HOME for the
     cache, HF_HUB_OFFLINE. Raises UserError when the hub cannot be reached, refuses, or the disk is full.
     """
@@ -55,16 +60,19 @@ def find_folder(settings: ModelSettings | DataSettings) -> Path:
     if os.path.isdir(name) or (os.path.isfile(name) and not of_model):
         return Path(name)
     section, kind = ("model", "model") if of_model else ("data", "dataset")
-    if os.path.exists(name) or not HUB_ID.fullmatch(name) or name.endswith(".parquet"):
+    is_path = os.path.exists(name) or os.path.isdir(os.path.dirname(name)) or name.endswith(".parquet")
+    if is_path or not HUB_ID.fullmatch(name):
         raise UserError(f"{name}: nothing usable there, nor is it a hub id (owner/name): set {section}.path")
-    patterns = [CONFIG, *TOKENIZER_FILES, "model*.safetensors"] if of_model else ["*.parquet"]
-    options: Any = {"revision": settings.revision, "allow_patterns": patterns}
-    options["ignore_patterns"] = ["*/*"] if of_model else []  # subfolders of a model hold other forms of it
+    # subfolders of a model hold other forms of it
+    patterns, others = ([CONFIG, *TOKENIZER_FILES, ADAPTER, INDEX], ["*/*"]) if of_model else (["*.parquet"], [])
+    fetch = partial(snapshot_download, name, repo_type=kind, revision=settings.revision, ignore_patterns=others)
     try:
-        return Path(snapshot_download(name, repo_type=kind, **options))
+        folder = Path(fetch(allow_patterns=patterns))
+        shards = {*read_index(folder, "model").values()} or {"model*.safetensors"}
+        return Path(fetch(allow_patterns=[*patterns, *shards])) if of_model else folder
     except Exception as error:  # the hub's, the HTTP client's and the system's errors have no common base
-        cures = f"check {section}.path, {section}.revision, the network, HF_TOKEN, and the disk of HF_HOME"
-        raise UserError(f"{name}: no folder, nor to be had from the hub ({one_line(error)}): {cures}") from error
+        cures = f"check {section}.path and revision, the network, HF_TOKEN, the disk of HF_HOME"
+        raise UserError(f"{name}: not to be had from the hub ({one_line(error)}): {cures}") from error
 
 
 # ---- config.json -----------------------------------------------------------------------------------------------
@@ -76,7 +84,7 @@ COVERED = {  # the values, as JSON, that qwen2_model.py can compute; a key that 
     "use_sliding_window": ["false", "null"],
     "quantization_config": ["null"],
 }
-LARGEST = {int: 2**24, float: 1e12}  # of the numbers in config.json; far beyond any model
+LARGEST = {int: 2**20, float: 1e12}  # of the numbers in config.json; beyond any model
 
 
 def read_model_config(folder: str | Path) -> Qwen2Config:
@@ -85,6 +93,9 @@ def read_model_config(folder: str | Path) -> Qwen2Config:
     Nothing that changes the logits has a default, but for head_dim, derived as transformers does.
     """
     path = Path(folder) / CONFIG
+    if path.with_name(ADAPTER).is_file():
+        how = "merge it into its base with merge_and_unload of peft, then save_pretrained"
+        raise UserError(f"{folder}: an adapter, says {ADAPTER}, no whole model: {how}")
     raw = read_json(path)
 
     def check(key: str, good: bool, rule: str) -> None:
@@ -95,18 +106,16 @@ def read_model_config(folder: str | Path) -> Qwen2Config:
     for key, covered in COVERED.items():
         check(key, json.dumps(raw.get(key)) in covered, f"only {' or '.join(covered)} is covered")
     raw["rope_theta"] = find_rope_theta(path, raw)
-    hidden, heads = raw.get("hidden_size"), raw.get("num_attention_heads")
-    if raw.get("head_dim") is None and isinstance(hidden, int) and isinstance(heads, int) and heads:
-        raw["head_dim"] = hidden // heads
     numbers: dict[str, Any] = {field.name: field.type for field in fields(Qwen2Config) if field.type is not bool}
     for key, kind in numbers.items():  # a bool is no number here, nor is nan
+        if key == "head_dim" and raw.get(key) is None:
+            raw[key] = raw["hidden_size"] // raw["num_attention_heads"]
         good = type(raw.get(key)) in (int, kind) and 0 < raw[key] <= LARGEST[kind]
         check(key, good, f"it must be a {'whole ' if kind is int else ''}number above 0, at most {LARGEST[kind]:,}")
-    layers, kv_heads = raw["num_hidden_layers"], raw["num_key_value_heads"]
+    layers, heads, kv_heads = (raw[f"num_{what}"] for what in ("hidden_layers", "attention_heads", "key_value_heads"))
     check("num_hidden_layers", layers <= 1024, "it must be at most 1024")
     check("num_attention_heads", heads % kv_heads == 0, f"it must be a multiple of {kv_heads}")
     check("head_dim", raw["head_dim"] % 2 == 0, "it must be a multiple of 2")
-    check("head_dim", heads * raw["head_dim"] <= LARGEST[int], f"with all heads it must be at most {LARGEST[int]:,}")
     full = raw.get("layer_types") in (None, ["full_attention"] * layers)
     check("layer_types", full, 'only "full_attention" in every layer is covered')
     values = {key: kind(raw[key]) for key, kind in numbers.items()}
@@ -118,16 +127,15 @@ def find_rope_theta(path: Path, raw: dict[str, Any]) -> Any:
 
     What else `rope_parameters` or the older `rope_scaling` holds stretches the positions for long contexts.
     """
-    thetas = [raw.get("rope_theta")]
+    theta = raw.get("rope_theta")
     for key in ("rope_parameters", "rope_scaling"):
         rope = raw.get(key) or {}
         if not isinstance(rope, dict) or any(rope[name] not in (None, "default") for name in {*rope} - {"rope_theta"}):
             raise UserError(f"{path}: {key} is {json.dumps(rope):.80}; only plain rotary positions are covered")
-        thetas.append(rope.get("rope_theta"))
-    given = [theta for theta in thetas if theta is not None]
-    if any(theta != given[0] for theta in given):
-        raise UserError(f"{path}: rope_theta is both {given[0]!s:.40} and {given[-1]!s:.40}; keep one")
-    return given[0] if given else None
+        theta, other = rope.get("rope_theta") or theta, theta
+        if other not in (None, theta):
+            raise UserError(f"{path}: rope_theta is both {other!s:.40} and {theta!s:.40}; keep one")
+    return theta
 
 
 # ---- Loading ---------------------------------------------------------------------------------------------------
@@ -163,12 +171,30 @@ def load_model(folder: str | Path, device: torch.device, dtype: torch.dtype) -> 
     return model
 
 
+def read_index(folder: Path, stem: str) -> dict[str, str]:
+    """The file that holds each tensor; empty where no index says so."""
+    with suppress(UserError, KeyError, AttributeError):
+        content: Any = read_json(folder / f"{stem}.safetensors.index.json")["weight_map"]
+        return {name: str(file) for name, file in content.items()}
+    return {}
+
+
 def read_tensors(folder: Path, stem: str) -> Iterator[tuple[str, Tensor]]:
-    """Name and tensor of all that is in the safetensors files whose names begin with `stem`."""
-    for path in sorted(folder.glob(f"{stem}*.safetensors")):
+    """Name and tensor of all that is in the safetensors files whose names begin with `stem`.
+
+    Where the files of an index are there, it decides which of them holds a tensor.
+    """
+    shards, there = read_index(folder, stem), sorted(folder.glob(f"{stem}*.safetensors"))
+    if not there:
+        how = "convert a pytorch_model.bin with from_pretrained and save_pretrained of transformers"
+        raise UserError(f"{folder}: no {stem}.safetensors: {how}")
+    if {*shards.values()} - {path.name for path in there}:
+        shards = {}  # an index left over from other weights
+    for path in [path for path in there if path.name in shards.values()] or there:
         try:
             with safe_open(path, framework="pt") as file:
-                yield from ((name, file.get_tensor(name)) for name in file.keys())  # noqa: SIM118 (not a dict)
+                names = [name for name in file.keys() if shards.get(name, path.name) == path.name]  # noqa: SIM118
+                yield from ((name, file.get_tensor(name)) for name in names)
         except (OSError, SafetensorError) as error:
             raise UserError(f"{path}: damaged, incomplete or a git-LFS pointer ({error}); fetch it again") from None
 
@@ -176,9 +202,16 @@ def read_tensors(folder: Path, stem: str) -> Iterator[tuple[str, Tensor]]:
 # ---- Saving ----------------------------------------------------------------------------------------------------
 
 
-def read_small_files(folder: Path) -> dict[str, bytes]:
-    """What a model folder holds besides its weights: config.json and the tokenizer's files, by name."""
-    return {name: (folder / name).read_bytes() for name in (CONFIG, *TOKENIZER_FILES) if (folder / name).is_file()}
+def read_small_files(folder: Path, end_ids: list[int] | None = None) -> dict[str, bytes]:
+    """What a model folder holds besides its weights: config.json and the tokenizer's files, by name.
+
+    With `end_ids`, generation_config.json ends a response there.
+    """
+    files = {name: (folder / name).read_bytes() for name in (CONFIG, *TOKENIZER_FILES) if (folder / name).is_file()}
+    if end_ids:
+        generation = json.loads(files.get(GENERATION, "{}")) | {"eos_token_id": end_ids}
+        files[GENERATION] = json.dumps(generation, indent=2).encode()
+    return files
 
 
 def save_model(model: Qwen2, small_files: dict[str, bytes], folder: Path) -> None:
@@ -206,6 +239,16 @@ def save_tensors(tensors: dict[str, Tensor], folder: Path, stem: str) -> None:
 # ---- The chat template -----------------------------------------------------------------------------------------
 
 
+class GenerationTag(jinja2.ext.Extension):
+    """{% generation %} ... {% endgeneration %}, the mark of what the assistant said, renders what is in it."""
+
+    tags = {"generation"}  # noqa: RUF012
+
+    def parse(self, parser: jinja2.parser.Parser) -> jinja2.nodes.Node:
+        line = next(parser.stream).lineno
+        return jinja2.nodes.Scope(parser.parse_statements(("name:endgeneration",), drop_needle=True), lineno=line)
+
+
 def compile_template(folder: Path, settings: dict[str, Any]) -> jinja2.Template:
     """The folder's chat template in jinja2's sandbox, with the settings and helpers that templates expect.
 
@@ -221,9 +264,10 @@ def compile_template(folder: Path, settings: dict[str, Any]) -> jinja2.Template:
     def raise_exception(message: str) -> NoReturn:
         raise jinja2.TemplateError(message)
 
-    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
-    environment.add_extension("jinja2.ext.loopcontrols")
+    extensions = [GenerationTag, "jinja2.ext.loopcontrols"]
+    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=extensions)
     environment.globals["raise_exception"] = raise_exception
+    environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
     environment.filters["tojson"] = partial(json.dumps, ensure_ascii=False)  # jinja2's own would escape < and >
     try:
         return environment.from_string(source)

@@ -30,9 +30,12 @@ LOST = "another process of this run has died or hangs (its own message says more
 @contextmanager
 def process_group() -> Iterator[None]:
     """Join the process group, where torchrun started several processes."""
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    if os.environ.get("WORLD_SIZE", "1") != "1":
         backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-        dist.init_process_group(backend, timeout=TIMEOUT)
+        try:
+            dist.init_process_group(backend, timeout=TIMEOUT)
+        except (RuntimeError, ValueError) as error:
+            raise UserError(f"{one_line(error)}: start all with torchrun, or unset WORLD_SIZE") from None
     yield
     if world_size() > 1:  # not after an error: the others may be gone
         dist.destroy_process_group()

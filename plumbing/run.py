@@ -12,7 +12,7 @@ import signal
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -93,15 +93,13 @@ def set_up(config: Config, source: Path, max_rows: int = 0) -> Agent:
     max_rows: responses sampled at a time; 0: as many as fit beside what training needs, which must fit.
     """
     device = find_device(config.model.device)
-    # on a CPU the matmuls of a small model are too short to share out among many cores
-    cores = (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    torch.set_num_threads(config.train.threads or max(1, min(cores, 8)))
-    task, tokenizer = tasks.load_task(config.data.task), Tokenizer(source)
-    shape = model_folder.read_model_config(source)
+    if config.train.threads or "OMP_NUM_THREADS" not in os.environ:  # torch itself reads the latter
+        torch.set_num_threads(config.train.threads or free_cores())
+    shape, task = model_folder.read_model_config(source), tasks.load_task(config.data.task)
+    tokenizer = Tokenizer(source)
     if len(tokenizer) > shape.vocab_size:
         raise UserError(f"{source}: {len(tokenizer)} ids in the tokenizer, {shape.vocab_size} in config.json")
-    data = replace(config.data, path=str(model_folder.find_folder(config.data))) if config.data.path else config.data
-    training, held_out = tasks.split_problems(task, data)
+    training, held_out = tasks.split_problems(task, config.data)
     longest = max((task.question_text(problem) for problem in training + held_out), key=len)
     prompt_tokens = len(tokenizer.encode_prompt(longest, task.ASSISTANT_PREFIX))
     needed, positions = prompt_tokens + config.rollout.max_new_tokens, shape.max_position_embeddings
@@ -115,7 +113,20 @@ def set_up(config: Config, source: Path, max_rows: int = 0) -> Agent:
         ranks.shard_weights(policy, device)
     policy.vocabulary = len(tokenizer)
     sampler = Sampler(policy, tokenizer, task, config.rollout.max_new_tokens, rows)
-    return Agent(config, sampler, training, held_out, model_folder.read_small_files(source))
+    return Agent(config, sampler, training, held_out, model_folder.read_small_files(source, tokenizer.end_ids))
+
+
+def free_cores() -> int:
+    """How many cores this process may use and no other does, 1 to 8.
+
+    The matmuls of a small model are too short to share out among more, and a thread that waits for a core delays all.
+    """
+    free = [8, (os.cpu_count() or 1) - round(os.getloadavg()[0])]
+    with suppress(AttributeError, OSError, ValueError):  # macOS has neither of these, and a container may have no quota
+        free.append(len(os.sched_getaffinity(0)))
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
+        free.append(int(quota) // int(period))
+    return max(1, min(free))
 
 
 def find_device(name: str) -> torch.device:
@@ -169,6 +180,8 @@ class Run:
         model, numbers = self.config.model, sum(p.numel() for p in self.policy.parameters())
         say(f"model   {model.path}: {numbers:,} parameters, {model.dtype}, on {self.policy.head.device}")
         say(f"task    {self.config.data.task}: {len(self.training):,} problems, {len(self.held_out)} more held out")
+        tokenizer = self.sampler.tokenizer
+        say(f"ends    of a response: {' '.join(tokenizer.decode([end]) for end in tokenizer.end_ids)}")
 
     # ---- Around the parts of a step -----------------------------------------------------------------------------
 

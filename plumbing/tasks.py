@@ -14,17 +14,21 @@ import hashlib
 import importlib
 import math
 import random
+import re
 import sys
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import MISSING, dataclass, fields
+from fnmatch import fnmatch
 from pathlib import Path
+from textwrap import shorten
 from typing import Any
 
 import pyarrow.parquet
 
 from data_types import DataSettings, Episode
-from plumbing.terminal import UserError, one_line, warn
+from plumbing.model_folder import find_folder
+from plumbing.terminal import UserError, one_line, say, warn
 
 PLACES = (Path(__file__).resolve().parents[1], Path(__file__).resolve().parents[1] / "examples")
 
@@ -94,25 +98,47 @@ def problem_order(count: int, seed: int, begin: int, end: int) -> list[int]:
     return order[begin % count :][: end - begin]
 
 
-def read_problems(place: str, columns: list[str], make: Callable[..., Any]) -> list[Any]:
-    """What `make(*row)` returns for the rows of a parquet file, or of all parquet files in a folder.
+# ---- Problems from parquet files ---------------------------------------------------------------------------------
 
-    Rows for which it returns None are dropped, counted and the first is shown. Raises UserError when a file cannot be
-    read or no problem is found.
+TRAIN = re.compile("(?<![a-z])train(ing)?(?![a-z])", re.IGNORECASE)  # in the names of a split: data/train-00000.parquet
+
+
+def find_parquet(data: DataSettings) -> dict[str, Path]:
+    """The parquet files at data.path, by name: those that data.files matches, or those of a train split, or all."""
+    path = find_folder(data)
+    if path.is_file():
+        return {path.name: path}
+    found = {file.relative_to(path).as_posix(): file for file in sorted(path.rglob("*.parquet"))}
+    files = {name: file for name, file in found.items() if not re.search(r"(^|/)[._]", name)}  # hidden ones
+    if data.files:
+        return {name: file for name, file in files.items() if fnmatch(f"/{name}", f"*/{data.files}")}
+    return {name: file for name, file in files.items() if TRAIN.search(name)} or files
+
+
+def read_problems(data: DataSettings, columns: str, make: Callable[..., Any]) -> list[Any]:
+    """What `make(*row)` returns for the rows of a parquet file, or of those in a folder that `data.files` chooses.
+
+    columns: such as "nums/numbers,target", where a file may have either name of the first. Rows for which `make`
+    returns None are dropped, counted and the first is shown. Raises UserError when a file cannot be read or no problem
+    is found.
     """
-    path, rows, found = Path(place), [], " and ".join(columns)
-    files = [path] if path.is_file() else sorted(path.rglob("*.parquet")) if place else []
-    for file in files:
+    rows, files = [], find_parquet(data) if data.path else {}
+    for file in files.values():
         try:
-            table = pyarrow.parquet.read_table(file, columns=columns)
-            rows += list(zip(*(table[column].to_pylist() for column in columns), strict=True))
+            table = pyarrow.parquet.ParquetFile(file).read()
         except Exception as error:  # a damaged file comes out as almost any kind of error
-            raise UserError(f"{file}: not a parquet file with columns {found} ({one_line(error)})") from error
+            raise UserError(f"{file}: damaged, or not a parquet file") from error
+        there = table.column_names
+        chosen = [next(filter(there.__contains__, names.split("/")), "") for names in columns.split(",")]
+        if any(there.count(name) != 1 for name in chosen):
+            raise UserError(f"{file}: needs columns {columns}, has {', '.join(there):.300}: set data.columns")
+        rows += list(zip(*(table[name].to_pylist() for name in chosen), strict=True))
     made = [make(*row) for row in rows]
     dropped = [row for row, problem in zip(rows, made, strict=True) if problem is None]
     example = f", such as {dropped[0]!a:.80}" if dropped else ""
     if len(dropped) == len(rows):
-        raise UserError(f"data.path={place}: no problem in the columns {found} of a .parquet file there{example}")
+        raise UserError(f"data.path={data.path}: no problem in columns {columns} of a .parquet file there{example}")
     if dropped:
-        warn(one_line(UserError(f"{place}: dropped {len(dropped)} of {len(rows)} rows{example}")))
+        warn(one_line(UserError(f"{data.path}: dropped {len(dropped)} of {len(rows)} rows{example}")))
+    say(f"data    {data.path}: {len(rows):,} rows of {shorten(', '.join(files), 200)}")
     return [problem for problem in made if problem is not None]

@@ -34,7 +34,7 @@ def printable(text: str) -> str:
 
 def is_rank_zero() -> bool:
     """Whether this process writes and prints: of several (ranks.py) only the first does."""
-    return os.environ.get("RANK", "0") == "0"
+    return os.environ.get("WORLD_SIZE", "1") == "1" or os.environ.get("RANK", "0") == "0"
 
 
 def progress_bar(what: str, unit: str, work: Any = None, total: int | None = None, done: int = 0) -> tqdm:

@@ -38,7 +38,8 @@ def oracle(response: str, truncated: bool, problem: Problem) -> dict[str, float]
     if any(text.count(tag) != 1 for tag in TAGS) or places != sorted(places):
         return {"format": 0.0, "correct": 0.0}
     between = text[places[1] + len("</think>") : places[2]]
-    well_formed = not truncated and text.endswith("</answer>") and set(between) <= set(SPACE)
+    after = text[places[3] + len("</answer>") :]
+    well_formed = not truncated and set(between + after) <= set(SPACE)
     expression, *stated = text[places[2] + len("<answer>") : places[3]].split("=")
     expression = re.sub(f"[{SPACE}]+", " ", expression).strip(" ")
     deepest = max(accumulate((c == "(") - (c == ")") for c in expression), default=0)

@@ -6,6 +6,7 @@ import os
 import random
 import re
 import shutil
+import signal
 import sys
 import unicodedata
 from functools import partial
@@ -21,6 +22,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 import train
 from countdown_task import ASSISTANT_PREFIX, Settings, load_problems
 from plumbing.model_folder import load_model, read_model_config
+from plumbing.run import free_cores
 from plumbing.terminal import UserError
 from tokenizer import Tokenizer
 
@@ -44,6 +46,7 @@ def change_files(changes: dict[str, object]) -> None:
     for path, change in changes.items():
         content = Path(path).read_bytes() if Path(path).is_file() else b""
         Path(path).unlink(missing_ok=True)  # a hard link that all rows share
+        Path(path).parent.mkdir(exist_ok=True)
         new = change(content) if callable(change) else content[: len(content) // 2] if change is HALVED else change
         if new is FOLDER:
             Path(path).mkdir()
@@ -98,13 +101,19 @@ TABLE = [  # changes of files, arguments of train.py, words (file, key, value) t
     *[({path: change}, [], path) for path in (CONFIG_JSON, BPE, SETTING)
       for change in (None, FOLDER, HALVED, "", "[]", b"\xff", "[" * 10**5)],
     ({CONFIG_JSON: partial(keys, vocab_size=10**400)}, [], f"{CONFIG_JSON} vocab_size"),
-    *[({WEIGHTS: change}, [], f"{WEIGHTS}: ") for change in (FOLDER, HALVED)], ({WEIGHTS: None}, [], "model embed"),
+    *[({WEIGHTS: change}, [], f"{WEIGHTS}: ") for change in (FOLDER, HALVED)], ({WEIGHTS: None}, [], "model convert"),
     ({BPE: partial(keys, model={"type": "BPE", "vocab": {"a": 5000}, "merges": []})}, [], "tokenizer 5001 388"),
     *[({SETTING: partial(keys, chat_template=value)}, [], "chat template") for value in (..., "{% if", "{{ 1/0 }}")],
     ({SETTING: partial(keys, chat_template="{{ messages[0].content * 200 }}")}, [], "model rollout.max_new_tokens"),
-    ({TEMPLATE: FOLDER}, [], TEMPLATE), ({GENERATION: partial(keys, eos_token_id=496)}, [], f"{GENERATION} eos_token"),
-    ({SETTING: partial(keys, eos_token=...), GENERATION: None}, [], "model eos_token"),
-    ({"data.parquet": HALVED}, [], "data.parquet nums target"), ({"data.parquet": FOLDER}, [], "data.parquet"),
+    ({TEMPLATE: FOLDER}, [], TEMPLATE), ({GENERATION: partial(keys, eos_token_id=496)}, [], "model eos_token_id 496"),
+    ({CONFIG_JSON: partial(keys, eos_token_id=[388])}, [], "model eos_token_id config.json 388"),
+    # what looks like a path is one; an adapter; a setting of the data that fits no file
+    ({}, ["model.path=runs/ol"], "runs/ol model.path (owner/name)"),
+    ({"model/adapter_config.json": "{}"}, [], "model adapter_config.json merge_and_unload"),
+    ({"more/a.parquet": lambda _: table([[3, 7]])}, ["data.path=more", "data.files=test-*"], "data.path=more"),
+    ({SETTING: partial(keys, eos_token=..., chat_template="{{ messages[0].content }}"), GENERATION: None,
+      CONFIG_JSON: partial(keys, eos_token_id=None)}, [], "model eos_token"),
+    ({"data.parquet": HALVED}, [], "data.parquet"), ({"data.parquet": FOLDER}, [], "data.parquet"),
     ({"model/problems.parquet": ""}, ["data.path=model"], "model/problems.parquet"),
     ({"data.parquet": table([[3, math.nan]])}, [], "data.parquet nums target None"),
     ({}, ["data.path="], "data.path"), ({}, ["data.target_high=1"], "data.parquet target_high"),
@@ -175,6 +184,40 @@ def test_a_run_is_either_new_or_resumed(arguments, workplace, capfd):
     assert re.search("--config.*--resume|--resume.*--config", capfd.readouterr().err.splitlines()[-1])
 
 
+LAUNCHED = [  # the environment, what the line must say; nothing: one process that trains and writes
+    ({"WORLD_SIZE": "2"}, "RANK torchrun WORLD_SIZE"), ({"WORLD_SIZE": "2", "RANK": "0"}, "MASTER_ADDR torchrun"),
+    ({}, "fcntl Linux macOS WSL"),  # as on Windows
+    ({"WORLD_SIZE": "two"}, "torchrun"), ({"RANK": "1"}, ""), ({"LOCAL_WORLD_SIZE": "0", "RANK": "3"}, ""),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("variables", "words"), LAUNCHED, ids=str)
+def test_half_a_launcher_or_another_system_is_one_line_or_one_process(variables, words, workplace, monkeypatch, capfd):
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    if not variables:
+        monkeypatch.setitem(sys.modules, "fcntl", None)
+        monkeypatch.delattr(signal, "SIGHUP")
+    if words:
+        return check_refusal([], words, workplace, capfd)
+    assert train.main([*NEW, "--name", "new", "train.steps=1"]) == 0
+    assert (Path("runs/new/metrics.jsonl").is_file(), "step 1/1" in capfd.readouterr().out) == (True, True)
+
+
+def test_threads_are_as_many_as_cores_are_free(monkeypatch):
+    """Beside other work, a thread that waited for its core made the demo five times slower than one thread."""
+    for cores, load, allowed, quota, threads in ((8, 0.2, 4, "max 100000", 4), (64, 0.0, 64, "max 100000", 8),
+            (8, 5.9, 64, "", 2), (64, 0, 3, "", 3), (64, 90, 64, "", 1), (64, 0, 64, "250000 100000", 2)):  # fmt: skip
+        for name, value in {
+            "cpu_count": cores,
+            "getloadavg": (load, 0, 0),
+            "sched_getaffinity": range(allowed),
+        }.items():
+            monkeypatch.setattr(os, name, Mock(return_value=value))
+        monkeypatch.setattr(Path, "read_text", Mock(return_value=quota))
+        assert free_cores() == threads
+
+
 @pytest.mark.parametrize(("free", "words"), [(0.5, "0.5 train.activation_checkpointing"), (70, "weights are next")])
 def test_a_run_must_fit_into_the_memory_that_is_free(free, words, workplace, monkeypatch, capfd):
     """Others may use the card too: its total says nothing. Else it ends in the first update, after minutes."""
@@ -223,7 +266,7 @@ HOSTILE = [
 
 
 def test_hostile_responses_do_no_harm_to_a_terminal_and_none_is_lost(workplace, monkeypatch, capfd):
-    monkeypatch.setattr(Tokenizer, "decode", Mock(side_effect=HOSTILE[:2] + HOSTILE * 2))
+    monkeypatch.setattr(Tokenizer, "decode", Mock(side_effect=["the end"] * 2 + HOSTILE[:2] + HOSTILE * 2))
     settings = ["train.steps=1", "data.held_out=1", f"rollout.group_size={len(HOSTILE)}", "output.samples=99"]
     assert train.main([*NEW, "--name", "new", *settings]) == 0
     run, said = Path("runs/new"), "".join(capfd.readouterr())

@@ -96,7 +96,7 @@ BAD_VALUES = """rollout.group_size=1 rollout.group_size=16.0 rollout.group_size=
     train.tokens_per_microbatch=0 train.tokens_per_microbatch=8k train.activation_checkpointing=off train.max_skips=0
     train.threads=1025 model.path='' model.path=[tiny] model.revision=[main] model.device=gpu model.device=cuda:first
     model.dtype=float16 data.task=../run data.task=nowhere data.path={} data.revision={} data.held_out=0
-    data.most_numbers=7 data.most_numbers=1
+    data.most_numbers=7 data.most_numbers=1 data.files=[] data.columns=nums
     data.target_high=0 eval.every=-1 checkpoint.every=-5 checkpoint.keep=0 output.folder= output.samples=-1"""
 
 

@@ -45,11 +45,11 @@ NOTHING = """X </think><ANSWER>X</ANSWER> </think><answer>X </think><answer>X</a
     </think><answer><answer>X</answer>"""
 RESPONSES = {  # (format, correct): what was sampled after "<think>"; almost tags are text
     (0.1, 1.0): [GOOD, *(f"</think>{gap}<answer>{X}</answer>" for gap in ("", " ", "\r\n \t\n")), f"3 = 9 ** 9{GOOD}",
-                 f"< think> <answer > <Answer> </ think></think>\n<answer>{X}</answer>"],
+                 GOOD + "\n", GOOD + "\r\n \t", f"< think> <answer > <Answer> </ think></think>\n<answer>{X}</answer>"],
     # the format does not depend on what the answer is
     (0.1, 0.0): [*(GOOD.replace(X, answer) for answer in ("3 + 7", "I give up", "")), X + GOOD.replace(X, "3 + 7")],
-    # white space between the blocks and nothing else, nothing after the answer
-    (0.0, 1.0): [*(f"</think>{gap}<answer>{X}</answer>" for gap in (" so: ", "\xa0")), GOOD + " done", GOOD + "\n"],
+    # white space between the blocks and after them, and nothing else
+    (0.0, 1.0): [*(f"</think>{gap}<answer>{X}</answer>" for gap in (" so: ", "\xa0")), GOOD + " done", GOOD + "\n."],
     (0.0, 0.0): ["", *(text.replace("X", X) for text in NOTHING.split())],
 }  # fmt: skip
 
@@ -125,11 +125,11 @@ def write(file: Path, nums: object, target: object) -> Path:
     return file
 
 
-def load(path: Path, **filters: int) -> list[Problem]:
+def load(path: Path, **filters: int | str) -> list[Problem]:
     return load_problems(Settings(path=str(path), **filters))
 
 
-def check_refusal(path: Path, words: str = "nums and target", **filters: int) -> None:
+def check_refusal(path: Path, words: str = "nums", **filters: int) -> None:
     """One line that names the path."""
     with pytest.raises(UserError, match=f"{path}.*{words}") as caught:
         load(path, **filters)
@@ -137,18 +137,15 @@ def check_refusal(path: Path, words: str = "nums and target", **filters: int) ->
 
 
 def test_parquet_files_as_others_write_them(tmp_path, capsys):
-    """The public data set, pandas with other integers and columns, whole floats, and a folder in the order of names."""
-    (tmp_path / "b").mkdir()
-    write(tmp_path / "b" / "train-1.parquet", [[44, 19, 35], [63, 95, 96, 2]], [98, 28])
-    write(tmp_path / "b" / "train-0.parquet", [[3.0, 7.0]], [10.0])
+    """pandas with other integers and columns, and beside what is no parquet; whole floats."""
     (tmp_path / "README.md").write_text("not parquet")
     small, target = [numpy.array([3, 7], dtype=numpy.uint8), [4, 5, 6]], numpy.array([10, 20], dtype=numpy.int16)
     frame = pandas.DataFrame({"note": ["a", "b"], "target": target, "nums": small}, index=[7, 9])
     frame.to_parquet(tmp_path / "a.parquet")
-    expected = [((3, 7), 10), ((4, 5, 6), 20), ((3, 7), 10), ((44, 19, 35), 98), ((63, 95, 96, 2), 28)]
+    write(tmp_path / "b.parquet", [[3.0, 7.0]], [10.0])
+    expected = [((3, 7), 10), ((4, 5, 6), 20), ((3, 7), 10)]
     assert repr(load(tmp_path)) == repr([Problem(*row) for row in expected])  # Python's integers, not numpy's
-    assert load(tmp_path / "a.parquet") == load(tmp_path)[:2]
-    assert capsys.readouterr() == ("", "")
+    assert capsys.readouterr() == (f"data    {tmp_path}: 3 rows of a.parquet, b.parquet\n", "")
 
 
 NUMBERS = [None, [], [5], [1, 2, 3, 4, 5, 6, 7], [3, None], [3, 0], [3, -7], [3, 10**6 + 1], [3, 2**63 - 1]]
@@ -176,11 +173,40 @@ def test_a_file_without_a_good_row_or_the_columns_or_cut_is_refused_by_name(tmp_
     file = write(tmp_path / "a.parquet", [[3, 7]], [10])
     for content in (b"", b"PAR1", b"nums,target\n", file.read_bytes()[:-1], file.read_bytes()[4:]):
         (tmp_path / "b.parquet").write_bytes(content)
-        check_refusal(tmp_path / "b.parquet")
+        check_refusal(tmp_path / "b.parquet", "not a parquet file$")
     for names in (["nums", "tarjet"], ["Nums", "target"], ["nums", "target", "target"]):
         columns = [pyarrow.array([[3, 7]]), pyarrow.array([10]), pyarrow.array([11])][: len(names)]
         pyarrow.parquet.write_table(pyarrow.Table.from_arrays(columns, names), file)
-        check_refusal(file)
+        check_refusal(file, f"has {', '.join(names)}.* data.columns")
+
+
+def test_columns_of_any_type_and_name(tmp_path):
+    """A null is one row less, and what pandas says about dtypes that NumPy does not know is ignored."""
+    meta = {"pandas": '{"columns": [{"name": "nums", "numpy_type": "list<item: int64>[pyarrow]"}]}'}
+    plain, two = pyarrow.list_(pyarrow.uint64()), ["nums", "target"]
+    kinds = [*map(pyarrow.list_, (pyarrow.int8(), pyarrow.float32())), pyarrow.large_list(pyarrow.int16())]
+    named = [(["numbers", "goal"], {}), (["a b", "n"], {"columns": "a b,n"})]
+    for kind, names, settings in [*((kind, two, {}) for kind in kinds), *((plain, *row) for row in named)]:
+        columns = [pyarrow.array([[3, 7], None, [4, 5]], kind), pyarrow.array([10, 11, 9])]
+        table = pyarrow.Table.from_arrays(columns, names).replace_schema_metadata(meta)
+        pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
+        assert load(tmp_path, **settings) == [Problem((3, 7), 10), Problem((4, 5), 9)]
+
+
+def test_the_train_split_is_read_where_there_is_one_or_what_is_chosen(tmp_path, capsys):
+    """A test split beside it was trained on without a word."""
+    splits = [  # files of a folder, data.files, those that are read
+        ("data/train-0-of-1 data/test-0-of-1", "", "data/train-0-of-1"), ("a/train-0 a/test-0", "test-*", "a/test-0"),
+        ("train/0 validation/0", "", "train/0"), ("a_TRAIN train1 strain", "", "a_TRAIN train1"),
+        ("b test", "", "b test"), ("._a a .cache/b", "", "a"), ("data/x data/y", "data/x*", "data/x"),
+    ]  # fmt: skip
+    for number, (there, pattern, read) in enumerate(splits):
+        for name in there.split():
+            file = tmp_path / f"{number}" / f"{name}.parquet"
+            file.parent.mkdir(parents=True, exist_ok=True)
+            write(file, [[3, 7]], [10])
+        assert len(load(tmp_path / f"{number}", files=pattern)) == len(read.split())
+        assert capsys.readouterr().out.split(" of ")[1] == f"{read.replace(' ', '.parquet, ')}.parquet\n"
 
 
 def test_filters(tmp_path):

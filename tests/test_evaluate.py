@@ -31,7 +31,7 @@ def folder(tmp_path_factory) -> Path:
 @pytest.fixture
 def ask(capsys):
     """Runs evaluate.py; its status and what it prints, on stdout and on stderr."""
-    return lambda *words: (evaluate.main([*map(str, words)]), *capsys.readouterr())
+    return lambda *words: (capsys.readouterr(), evaluate.main([*map(str, words)]), *capsys.readouterr())[1:]
 
 
 def respond(model: Path, folder: Path, count: int, temperature: float) -> tuple[list[list[float]], float]:
@@ -76,6 +76,19 @@ def test_two_models_are_compared_problem_by_problem(folder, ask, tmp_path):
     assert [*same["greedy"].values()][2:] == [*same["sampled"].values()][2:] == [0, 0, "no"]
 
 
+def test_every_problem_of_a_file_and_from_another_folder(folder, ask, tmp_path, monkeypatch):
+    """A test split has no problems to hold out, and may have fewer than data.held_out."""
+    monkeypatch.chdir(tmp_path)
+    pandas.DataFrame({"numbers": [[3, 7, 12]] * 3, "goal": [33, 22, 33]}).to_parquet("test-0.parquet")
+    split = ["--all", f"data.path={tmp_path}", "data.files=test-*"]
+    for words in ([folder / "final", *split], ["tiny", "data.held_out=3"]):
+        status, printed, _ = ask(*words, "rollout.max_new_tokens=8", "--samples", 1, "--json")
+        assert (status, json.loads(printed)["problems"]) == (0, 3)
+    for numbers, target, told in (((1, 1), 9, True), ((1, 5, 5, 5), 24, False), ((8, 3, 8, 3), 24, False)):
+        status, printed, _ = ask("tiny", "--target", target, "--numbers", *numbers, "rollout.max_new_tokens=8")
+        assert (status, "(8 tokens" in printed, "no expression" in printed) == (0, True, told)
+
+
 def test_a_streamed_response_is_the_one_that_the_sampler_gives(folder, ask):
     """Shown token by token, it must not become another one, lose its last line, or go on after its end."""
     sampler = evaluate.load_agent(str(folder), folder / "config.yml", SMALL).sampler
@@ -90,8 +103,9 @@ def test_a_streamed_response_is_the_one_that_the_sampler_gives(folder, ask):
 @pytest.mark.parametrize(("words", "named"), [
     ("", "--compare"), ("A B", "--compare"), ("--compare A", "--compare"), ("B", "model.path"), ("--compare A A", "A"),
     ("A --samples 0", "--samples"), ("A --temperature -1", "--temperature"), ("A --config none.yml", "none.yml"),
-    ("A --numbers 3", "target"), ("--compare A B --target 3", "--compare"), ("A train.sed=1", "train.seed"),
-    ("A train.beta1=2", "train.beta1"),
+    ("A --numbers 3", "give --target"),
+    ("A --numbers 3 -7 --target 4", "from 1"), ("A --target 3 train.seed=2", "give --numbers"),
+    ("--compare A B --target 3", "--compare"), ("A train.sed=1", "train.seed"), ("A train.beta1=2", "train.beta1"),
 ])  # fmt: skip
 def test_what_is_wrong_is_one_line(words, named, ask):
     status, _, complaint = ask("train.threads=1", *words.replace("A", f"{ROOT}/tiny").split())
@@ -103,11 +117,16 @@ def test_curves_are_drawn_into_the_runs_folder(folder, tmp_path, monkeypatch, ca
     drawn, draw, twin = [], plot.draw, tmp_path / folder.name
     twin.symlink_to(folder)
     monkeypatch.setattr(plot, "draw", lambda runs, x: drawn.extend(runs) or draw(runs, x))
-    assert plot.main([str(folder)]) == 0
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs").symlink_to(folder.parent)  # where a run is found by its name
+    assert plot.main([folder.name]) == 0
     assert plot.main([str(folder), str(twin), "--minutes", "--out", f"{tmp_path}/b.png"]) == 0
     assert drawn == [folder.name, str(folder), str(twin)], "two runs of one name are two runs"
-    for picture in (folder / "curves.png", tmp_path / "b.png"):
+    curves = (folder / "curves.png").read_bytes()
+    assert plot.main([str(folder), str(twin)]) == 0
+    for picture in (folder / "curves.png", tmp_path / "b.png", folder / "compared.png"):
         assert picture.read_bytes().startswith(b"\x89PNG")
+    assert curves == (folder / "curves.png").read_bytes(), "a comparison is another picture"
     metrics = plot.read_run(folder)
     assert [*metrics.minutes * 60] == pytest.approx([*metrics.step_seconds.fillna(0).cumsum()])
     (tmp_path / "metrics.jsonl").write_text("{}")

@@ -121,13 +121,20 @@ def test_what_may_lie_in_a_folder(dtype, folder):
     edit(folder, {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(2), "lm_head.weight": head.clone()})
     assert torch.equal(our_logits(load(folder, dtype=dtype)), expected)
     shutil.copy(folder / WEIGHTS, folder / "optimizer.safetensors")
+    tensors, index = load_file(folder / WEIGHTS), {}
+    (folder / INDEX).write_text(json.dumps({"weight_map": dict.fromkeys(tensors, "model-00001-of-00001.safetensors")}))
+    assert torch.equal(our_logits(load(folder, dtype=dtype)), expected)  # an index left over
     for name in ("adapter_model.safetensors", INDEX):
         (folder / name).write_text("damaged")
-    tensors = load_file(folder / WEIGHTS)
     (folder / WEIGHTS).unlink()
     for half, name in enumerate((FIRST, SECOND)):
+        index |= dict.fromkeys(list(tensors)[half::2], name)
         save_file({tensor: tensors[tensor] for tensor in list(tensors)[half::2]}, folder / f"{name}.blob")
         (folder / name).symlink_to(f"{name}.blob")
+    assert torch.equal(our_logits(load(folder, dtype=dtype)), expected)
+    (folder / INDEX).write_text(json.dumps({"weight_map": index}))
+    save_file({name: 2 * tensor for name, tensor in tensors.items()}, folder / WEIGHTS)  # stale, and not in the index
+    shutil.copy(folder / WEIGHTS, folder / "model.fp16.safetensors")
     assert torch.equal(our_logits(load(folder, dtype=dtype)), expected)
 
 
@@ -204,8 +211,8 @@ DAMAGES = [  # what is done to the folder, and what the line must say
     ({"rope_parameters": PLAIN_ROPE}, f"{CONFIG}: rope_theta is "),
     ({"num_key_value_heads": 3}, f"{CONFIG}: num_attention_heads is 4"),
     ({"hidden_size": 3, "head_dim": None}, f"{CONFIG}: head_dim is 0"),
-    (dict.fromkeys(["hidden_size", "num_attention_heads", "num_key_value_heads", "head_dim"], 2**24), "head"),
-    ({"vocab_size": 2**24, "intermediate_size": 2**20}, "embed_tokens.weight"),
+    (dict.fromkeys(["hidden_size", "num_attention_heads", "num_key_value_heads", "head_dim"], 2**20), "embed_tokens"),
+    ({"vocab_size": 2**20, "intermediate_size": 2**20}, "embed_tokens.weight"),
     ({"tie_word_embeddings": False}, "lm_head.weight"), ({"num_key_value_heads": 4}, "layers.0.self_attn.k_proj.bias"),
     *(({"num_hidden_layers": n, "layer_types": None}, f"layers.{m}.input_layernorm") for n, m in ((1, 1), (3, 2))),
     ({NORM: torch.ones(17), EMBEDDING: torch.ones(976)}, "norm.weight", "embed_tokens.weight"),
@@ -217,7 +224,8 @@ DAMAGES = [  # what is done to the folder, and what the line must say
     (lambda f: shutil.copy(f / WEIGHTS, f / FIRST), "twice"),
     *((lambda f, new=new: (f / WEIGHTS).write_bytes(new), f"{WEIGHTS}: ", "git-LFS pointer") for new in JUNK),
     *((lambda f, n=n: os.truncate(f / WEIGHTS, n), f"{WEIGHTS}: ") for n in (0, 5, 100, 3000, 99999)),
-    (lambda f: (f / WEIGHTS).rename(f / "pytorch_model.bin"), "embed_tokens.weight"),
+    (lambda f: (f / WEIGHTS).rename(f / "pytorch_model.bin"), "pytorch_model.bin", "save_pretrained"),
+    (lambda f: (f / "adapter_config.json").write_text("{}"), "adapter_config.json", "merge_and_unload"),
     (lambda f: (f / SECOND).symlink_to("gone"), f"{SECOND}: "), (lambda f: (f / FIRST).write_bytes(b"x"), f"{FIRST}: "),
 ]  # fmt: skip
 
@@ -233,18 +241,21 @@ def test_damaged_folders_are_refused_by_name(row, folder):
 
 
 @pytest.mark.parametrize(("kind", "section", "needed"), [
-    (ModelSettings, "model", {CONFIG, FIRST, SECOND, *TOKENIZER_FILES}), (DataSettings, "data", {"data/0.parquet"}),
+    (ModelSettings, "model", {CONFIG, FIRST, SECOND, INDEX, *TOKENIZER_FILES}),
+    (DataSettings, "data", {"data/0.parquet"}),
 ])  # fmt: skip
 def test_models_and_data_sets_of_the_hub(kind, section, needed, tmp_path, monkeypatch):
     """Only what is needed is downloaded, once, and then found without a network; each failure is told as what it is."""
     spare = {"README.md", "pytorch_model.bin", "checkpoint-50/model.safetensors", "models/x.safetensors"}
+    spare |= {WEIGHTS, "merges.txt", "vocab.json"}  # the index does not name it; nothing here reads the other two
+    index = {INDEX: json.dumps({"weight_map": {"a": FIRST, "b": SECOND}}).encode()} if section == "model" else {}
     refused = {"lab/any": "RevisionNot", "no/such": "RepositoryNot", "gated/model": "GatedRepo", "a--b/c": "HFValid"}
 
     def find(path: str, revision: str = "main", why: str = "") -> Path:
         with pytest.raises(UserError, match=f"^{path}: .*{why}.*{section}.path.*HF_TOKEN") if why else nullcontext():
             return model_folder.find_folder(kind(path=path, revision=revision))
 
-    with small_hub({name: name.encode() for name in spare | needed}) as endpoint:
+    with small_hub({name: name.encode() for name in spare | needed} | index) as endpoint:
         here = partial(model_folder.snapshot_download, endpoint=endpoint, cache_dir=tmp_path, token=False)
         monkeypatch.setattr(model_folder, "snapshot_download", here)
         folder = find("lab/any")

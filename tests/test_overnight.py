@@ -109,7 +109,7 @@ def test_a_run_keeps_what_it_needs(small, tmp_path, monkeypatch):
     """The model that it began with may go, and all of a tokenizer's files stay with the weights; ~ is the home."""
     own, world, asked, get = small_world(tmp_path), tmp_path / "model", [], model_folder.snapshot_download
     files = {path.name: path.read_bytes() for path in (*world.iterdir(), tmp_path / "problems.parquet")}
-    kept = model_folder.read_small_files(world).keys() - {"config.json"}  # which names the type of the weights
+    kept = model_folder.read_small_files(world).keys() - {"config.json", "generation_config.json"}  # written anew
     set_scores(monkeypatch, [0.0, 0.1, 0.2, 0.3, 0.4, 0.5])
     monkeypatch.setenv("HOME", str(tmp_path))
     assert run(tmp_path / "run", *own, "output.folder=~/").status == 0

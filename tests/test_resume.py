@@ -37,7 +37,7 @@ from rollout import Sampler
 from short_run import ROOT, resume, run as start, set_scores
 
 WEIGHTS, OPTIMIZER, STATE, SUMS = "model.safetensors", "optimizer.safetensors", "state.json", "checksums.json"
-SMALL = ["config.json", "generation_config.json", "merges.txt", "tokenizer.json", "tokenizer_config.json", "vocab.json"]
+SMALL = ["config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json"]
 FILES = [*SMALL, WEIGHTS, OPTIMIZER, STATE, SUMS]
 
 
@@ -154,10 +154,23 @@ def test_a_run_may_end_sooner_or_later_than_was_planned(steps, alone, tmp_path):
     told = [re.findall(r"\d+", line) for line in done.printed if "train.steps" in line]
     assert (done.status, told) == (0, [[str(steps), str(STEPS)]] * (steps != STEPS))
     lines, whole = ((folder / "metrics.jsonl").read_text().splitlines() for folder in (run, alone))
-    assert (load_config(run / "config.yml").train.steps, len(lines)) == (steps, steps + 1)
+    assert (load_config(run / "config.yml").train.steps, len(lines)) == (max(steps, STEPS), steps + 1)
     assert lines[: STEPS + 1] == whole[: steps + 1]
     assert tree(run / "final")[WEIGHTS] == tree(step(run, steps))[WEIGHTS]
     assert (tree(run).items() <= tree(alone).items()) == (steps == STEPS)
+
+
+def test_what_moved_is_found_by_its_content_and_the_config_is_that_of_the_last_step(alone, small, tmp_path):
+    """The data's folder had another name: "set it back". And to look at a finished run again rewrote its settings."""
+    run, config, data = tmp_path / "run", (alone / "config.yml").read_text(), Path(small[1].partition("=")[2])
+    killed(alone, run, STEPS)
+    assert resume(run, "rollout.group_size=2", "train.learning_rate=1").status == 0
+    assert (run / "config.yml").read_text() == config, "no step was trained with them"
+    shutil.copy(data, moved := tmp_path / "moved.parquet")
+    run = killed(alone, tmp_path / "again", STEPS - 1)
+    assert (resume(run, f"data.path={moved}").status, differing(run, alone)) == (0, [])
+    assert load_config(run / "config.yml").data.path == str(moved)
+    assert ["runs" in line and "again" not in line for line in resume(tmp_path / "nothing").complaints] == [True]
 
 
 @pytest.mark.parametrize("mode", ["master", "split rollout.max_draws=2", "offload train.updates_per_batch=2"])

@@ -104,6 +104,8 @@ TEMPLATES = [  # the last: to look at what is out of reach, without using it, sh
     "{{ messages | length }}{{ add_generation_prompt }}{{ {'a': [1]} | tojson }}{{ [true, 'é'.upper()] | join }}",
     "{{ messages | tojson }}{% for m in messages %}{{ m.role }}{% break %}{% endfor %}",
     "{% set ns = namespace(n=0) %}{% for m in messages %}{% set ns.n = ns.n + 2 %}{% endfor %}{{ ns.n }}",
+    "{% for m in messages %}{% generation %}{% set x = m.content %}{{ x }}\n{% endgeneration %}{{ x }}{% endfor %}",
+    "{{ strftime_now('%Y') }}{{ documents is none }}{{ messages | tojson(indent=2, sort_keys=true) }}",
     "{{ ''.__class__ }}{{ ''['__class__'] }}{{ '' | attr('__class__') }}{{ '{0.__class__}'.format('') }}"
     "{{ raise_exception.__globals__ }}{{ self.__init__ }}{{ messages.append }}{{ range.__self__ }}",
 ]
@@ -121,19 +123,37 @@ def test_chats_are_rendered_as_transformers_does(template, tmp_path):
 
 YES, RAG = "{{ messages[0].content }}", [{"name": "rag", "template": "no"}]
 NAMED = [{"name": "default", "template": YES}, *RAG, 5, {}, {"name": ["default"]}]
+CHATML, CLOSED = (
+    GOLDEN["chat_template"],
+    YES + "{% for m in messages[1:] %}{{ m.content }}\n{{ eos_token }}{% endfor %}",
+)
 FOUND = [  # template in the settings, eos_token_id, eos_token, ends of a response; a file of its own counts more
     (YES, 385, "<|im_end|>", [385, 387]),  # a base model's, fine-tuned to chat
     (NAMED, [387, 387], None, [387]), (NAMED[::-1], None, {"content": "<|im_end|>", "lstrip": False}, [387]),
-    ("no", ..., "<|im_end|>", [387]), (None, 387, None, [387]),
+    ("no", ..., "<|im_end|>", [387]), (None, 387, None, [387]), (CLOSED, ..., "<|im_end|>", [387]),
+    (YES, {"eos_token_id": [387, 385]}, SPECIAL[0], [385, 387]),  # in config.json
+    # what closes the assistant's turn, where the template says so
+    (CHATML, ..., SPECIAL[0], [385, 387]), (CHATML.replace("im_end|>", "im_start|>"), ..., SPECIAL[2], [386, 387]),
+    (YES + "{{ raise_exception('no') if messages[1:] }}", ..., SPECIAL[2], [387]),
 ]  # fmt: skip
 
 
 @pytest.mark.parametrize(("template", "listed", "eos_token", "ends"), FOUND)
 def test_where_the_template_and_the_end_ids_may_be(template, listed, eos_token, ends, tmp_path):
-    files = {GENERATION: None if listed is ... else {"eos_token_id": listed}}
+    """Text that runs past the end of the turn to the limit earns nothing, and the advice was to raise the limit."""
+    files = {"config.json": listed, GENERATION: None} if isinstance(listed, dict) else {}
+    files = files or {GENERATION: None if listed is ... else {"eos_token_id": listed}}
     files |= {"chat_template.jinja": YES} if template in ("no", None) else {}
     tokenizer = Tokenizer(write(tmp_path, files, chat_template=template, eos_token=eos_token))
-    assert (tokenizer.render_chat([{"role": "user", "content": "yes"}]), tokenizer.end_ids) == ("yes", ends)
+    assert ("yes" in tokenizer.render_chat([{"role": "user", "content": "yes"}]), tokenizer.end_ids) == (True, ends)
+
+
+def test_a_template_that_opens_the_block_does_not_get_it_twice(tmp_path):
+    for opening in ("<think>", "<think>\n", ""):
+        template = f"{YES}{{% if add_generation_prompt %}}A: {opening}\n{{% endif %}}"
+        tokenizer = Tokenizer(write(tmp_path, chat_template=template))
+        prompt = tokenizer.decode(tokenizer.encode_prompt("Hello", "Step by step.\n<think>"))
+        assert prompt == f"HelloA: {opening}\nStep by step.\n" + "<think>" * (not opening)
 
 
 LFS, DIGITS = "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 7\n", '{"x": ' + "9" * 5000 + "}"
@@ -169,7 +189,7 @@ HOSTILE = [  # out of the sandbox: without it these would render the question as
     "raise_exception('roles must alternate\\n\\x1b[31m' + 'x' * 9999)",
     "x }}{% for i in range(100001) %}x{% endfor %}{{ x", "x }}{% macro f() %}{{ f() }}{% endmacro %}{{ f()",
     *("x }}" + statement + "{{ x" for statement in ("{% if x %}", "{% for i in [1] %}" * 25 + "{% endfor %}" * 25,
-     "{% generation %}x{% endgeneration %}", "{% for %}", "{% include '/etc/passwd' %}", "{% import 'os' as os %}",
+     "{% generation %}x", "{% for %}", "{% include '/etc/passwd' %}", "{% import 'os' as os %}",
      "{% " + "x" * 9999 + " %}")),
 ]  # fmt: skip
 WITHOUT_QUESTION = ["{{ messages[0].role }}", "{{ messages[0].content | upper }}", "{{ messages[1:] }}", "hi"]
