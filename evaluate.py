@@ -27,7 +27,6 @@ import torch
 
 from data_types import Episode
 from plumbing.config import load_config
-from plumbing.model_folder import find_folder
 from plumbing.run import Agent, set_up
 from plumbing.tasks import grade, load_task
 from plumbing.terminal import UserError, exit_status, run_program, say
@@ -45,7 +44,7 @@ def load_agent(model: str, config_path: Path, overrides: list[str]) -> Agent:
         model = f"{model}/final"
     own = [] if model == load_config(config_path).model.path else ["model.revision=main"]
     config = load_config(config_path, ["model.device=auto", *own, *overrides, f"model.path={model}"])
-    return set_up(config, find_folder(config.model), ROWS)
+    return set_up(config, max_rows=ROWS)
 
 
 def find_config(words: list[str]) -> Path:

@@ -22,7 +22,6 @@ from typing import TypeVar
 import torch
 
 from data_types import CHUNK_TOKENS, COLUMN_BLOCK, PREFILL_TOKENS, Config
-from optimizer import SLICE
 from plumbing.ranks import world_size
 from plumbing.terminal import UserError, out_of_memory, say, warn
 from qwen2_model import Qwen2, Qwen2Config
@@ -109,15 +108,14 @@ def plan_memory(
     kept = layers * (tokens * shape.hidden_size * size if train.activation_checkpointing else layer)
     embedding = 4 * vocabulary * shape.hidden_size  # the gradient of the embedding, which the head may share, fp32
     chunk = CHUNK_TOKENS * 16 * vocabulary
-    slices = (12 if train.optimizer == "offload" else 6) * 4 * SLICE
-    working = max(embedding + 1.6 * layer, 3 * embedding, chunk, slices - kept)
+    working = max(embedding + 1.6 * layer, 3 * embedding, chunk)
     if parts > 1:  # FSDP2: embedding and head stay gathered until backward ends, layers two at a time; fp32 gradients
         head, outside = vocabulary * shape.hidden_size, weights - layers * in_layer  # numbers, not bytes
         two_layers = 2 * size * in_layer + (size + 4) * in_layer + 1.6 * layer
         chunk_backward = CHUNK_TOKENS * 12 * vocabulary  # the first log-softmax is not alive then
         in_backward = size * (outside + head) + max(two_layers, chunk_backward)
         reduced_last = (size + 4) * outside - kept  # kept activations are free by then
-        working = max(in_backward, size * outside + chunk, reduced_last, slices - kept)
+        working = max(in_backward, size * outside + chunk, reduced_last)
     update = {"gradients": 4 * weights / parts, "kept": kept, "one layer, or embedding and head": working}
     return MemoryPlan(always, sampling, update, rows)
 
@@ -147,9 +145,6 @@ def check_memory(config: Config, shape: Qwen2Config, prompt_tokens: int, device:
 
 def host_memory() -> float:
     """Bytes of memory that are available on this machine, or all there are where it does not say."""
-    sizes = [os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")]
     with suppress(OSError):  # not Linux
-        sizes += [1024 * int(size) for size in re.findall(r"MemAvailable: *(\d+)", Path("/proc/meminfo").read_text())]
-    with suppress(OSError, ValueError):  # no container, or one without a limit
-        sizes.append(int(Path("/sys/fs/cgroup/memory.max").read_text()))
-    return min(sizes)
+        return 1024 * int(re.findall(r"MemAvailable: *(\d+)", Path("/proc/meminfo").read_text())[0])
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

@@ -10,6 +10,7 @@ import os
 import shlex
 import signal
 import time
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, replace
@@ -26,6 +27,8 @@ from plumbing.config import load_config
 from plumbing.terminal import Interrupted, UserError, is_rank_zero, progress_bar, say, training_continues
 from rollout import Sampler
 from tokenizer import Tokenizer
+
+warnings.filterwarnings("ignore", "CUDA initialization")  # `find_device` says it, in one line
 
 # ---- Set-up ----------------------------------------------------------------------------------------------------
 
@@ -45,18 +48,16 @@ def open_run(config: str, resume: str | None, name: str | None, overrides: list[
         folder = ranks.on_rank_zero(partial(checkpoint.find_run, resume))
         settings = load_config(folder / "config.yml", overrides)
     with checkpoint.locked(folder) if is_rank_zero() else nullcontext():
-        if resume is None:
-            source, progress = model_folder.find_folder(settings.model), Progress()
-        else:
-            source, progress = ranks.on_rank_zero(partial(checkpoint.prepare_resume, folder, settings))
-        agent = set_up(settings, source)
+        prepare = partial(checkpoint.prepare_resume, folder, settings)
+        saved, progress = ranks.on_rank_zero(prepare) if resume else (None, Progress())
+        agent = set_up(settings, saved)
         digest = hashlib.sha256(repr((agent.training, agent.held_out)).encode()).hexdigest()
         if progress.problems not in ("", digest):
             raise UserError(f"{settings.data.path}: not the problems this run began with: put them back or start anew")
         progress.problems = digest
         optimizer = AdamW(agent.sampler.policy.parameters(), settings.train, agent.sampler.policy.dtype)
-        if resume is not None:
-            checkpoint.load_optimizer(source, optimizer, progress)
+        if saved:
+            checkpoint.load_optimizer(saved, optimizer, progress)
         run = Run(agent, optimizer, folder, progress)
         run.introduce()
         with stop_signals(run):  # while it saves, too
@@ -87,20 +88,22 @@ class Agent:
     small_files: dict[str, bytes]  # of the model's folder, besides its weights
 
 
-def set_up(config: Config, source: Path, max_rows: int = 0) -> Agent:
-    """The agent of a config and a model folder; what is cheap to check comes first, the weights are read last.
+def set_up(config: Config, source: Path | None = None, max_rows: int = 0) -> Agent:
+    """The agent of a config; what is cheap to check comes first, the weights are fetched and read last.
 
-    max_rows: responses sampled at a time; 0: as many as fit beside what training needs, which must fit.
+    source: the model's folder, if not that of `model.path`. max_rows: responses sampled at a time; 0: as many as fit
+    beside what training needs, which must fit.
     """
     device = find_device(config.model.device)
     # on a CPU the matmuls of a small model are too short to share out among many cores
     cores = (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     torch.set_num_threads(config.train.threads or max(1, min(cores, 8)))
-    task, tokenizer = tasks.load_task(config.data.task), Tokenizer(source)
-    shape = model_folder.read_model_config(source)
+    task = tasks.load_task(config.data.task)
+    data = replace(config.data, path=str(model_folder.find_folder(config.data))) if config.data.path else config.data
+    source = source or model_folder.find_folder(config.model)
+    tokenizer, shape = Tokenizer(source), model_folder.read_model_config(source)
     if len(tokenizer) > shape.vocab_size:
         raise UserError(f"{source}: {len(tokenizer)} ids in the tokenizer, {shape.vocab_size} in config.json")
-    data = replace(config.data, path=str(model_folder.find_folder(config.data))) if config.data.path else config.data
     training, held_out = tasks.split_problems(task, data)
     longest = max((task.question_text(problem) for problem in training + held_out), key=len)
     prompt_tokens = len(tokenizer.encode_prompt(longest, task.ASSISTANT_PREFIX))
@@ -119,13 +122,18 @@ def set_up(config: Config, source: Path, max_rows: int = 0) -> Agent:
 
 
 def find_device(name: str) -> torch.device:
-    """The torch device of `model.device`, made ready; `auto` takes a GPU where there is one."""
-    gpus = torch.cuda.device_count()
+    """The torch device of `model.device`, made ready; `auto` takes a GPU where there is one that torch can use."""
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0  # the first counts what an old driver has, too
     device = torch.device(("cuda" if gpus else "cpu") if name == "auto" else name)
+    none = f"no GPU, or the driver is too old for this torch (CUDA {torch.version.cuda}): pip install torch==2.10.0"
+    if name == "auto" and torch.version.cuda and not gpus:
+        say(f"device  cpu, although this torch is built for CUDA: {none}")
     if device.type == "cuda":
         index = int(os.environ.get("LOCAL_RANK", device.index or 0))
-        if index >= gpus:
-            raise UserError(f"model.device is {name}: there is no GPU {index}; model.device=cpu needs none")
+        last = max(index, int(os.environ.get("LOCAL_WORLD_SIZE", "1")) - 1)  # so that all ranks say the same
+        if last >= gpus:
+            few = f"there is no GPU {last}, this machine has {gpus}, one for each process"
+            raise UserError(f"model.device is {name}: {few if gpus else none}; or model.device=cpu")
         os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")  # read at the first allocation
         device = torch.device("cuda", index)
         torch.cuda.set_device(device)  # streams and graphs belong to the current one
@@ -202,8 +210,7 @@ class Run:
             os.write(2, text)  # print may be busy
 
     def stop_if_asked(self) -> None:
-        number = ranks.max_over_ranks(self.signal)  # together they go on, or stop
-        if number:
+        if number := max(ranks.all_gather([self.signal])):  # together they go on, or stop
             raise Interrupted(number)
 
     # ---- After a step -------------------------------------------------------------------------------------------

@@ -10,6 +10,7 @@
 The rest of the program handles problems without looking into them: all it needs is a `repr` that tells them apart.
 """
 
+import gc
 import hashlib
 import importlib
 import math
@@ -18,6 +19,8 @@ import sys
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import MISSING, dataclass, fields
+from functools import lru_cache
+from heapq import nsmallest
 from pathlib import Path
 from typing import Any
 
@@ -72,26 +75,30 @@ def split_problems(task: Task, data: DataSettings) -> tuple[list[Any], list[Any]
     Problems are held out in the order of their keys' hashes, whatever their own order, so that a filter, too, moves as
     few of them as it can from one side to the other. Of several copies the one with the first `repr` is held out.
     """
+    gc.disable()  # what is made here stays: to search it for garbage again and again takes longer than to make it
     problems, by_key = task.load_problems(data), dict[str, Any]()
-    for problem in problems:
-        key = task.problem_key(problem)
-        by_key[key] = min(by_key.get(key, problem), problem, key=repr)
+    gc.enable()
+    keys = [task.problem_key(problem) for problem in problems]
+    for key, problem in zip(keys, problems, strict=True):
+        by_key[key] = min(by_key[key], problem, key=repr) if key in by_key else problem
     if len(by_key) <= data.held_out:
         cures = "lower data.held_out, widen the data's filters or use more data"
         raise UserError(f"{len(by_key)} different problems are too few to hold out {data.held_out} of them: {cures}")
-    chosen = sorted(by_key, key=lambda key: hashlib.sha256(key.encode()).digest())[: data.held_out]
+    chosen = nsmallest(data.held_out, by_key, key=lambda key: hashlib.sha256(key.encode()).digest())
     taken = set(chosen)
-    return [p for p in problems if task.problem_key(p) not in taken], [by_key[key] for key in chosen]
+    return [p for key, p in zip(keys, problems, strict=True) if key not in taken], [by_key[key] for key in chosen]
 
 
 def problem_order(count: int, seed: int, begin: int, end: int) -> list[int]:
     """Which of `count` problems come at places `begin` to `end`: each epoch goes through all in an order of its own."""
-    order: list[int] = []
-    for epoch in range(begin // count, (end - 1) // count + 1):
-        one_epoch = list(range(count))
-        random.Random(f"{seed}/{epoch}").shuffle(one_epoch)  # seeded by a text: (1, 23) and (12, 3) stay apart
-        order += one_epoch
-    return order[begin % count :][: end - begin]
+    return [epoch_order(count, seed, place // count)[place % count] for place in range(begin, end)]
+
+
+@lru_cache(maxsize=2)  # a step may go from one epoch into the next
+def epoch_order(count: int, seed: int, epoch: int) -> list[int]:
+    order = list(range(count))
+    random.Random(f"{seed}/{epoch}").shuffle(order)  # seeded by a text: (1, 23) and (12, 3) stay apart
+    return order
 
 
 def read_problems(place: str, columns: list[str], make: Callable[..., Any]) -> list[Any]:

@@ -138,8 +138,6 @@ def test_the_plan_of_a_real_size_is_within_five_percent_of_the_live_bytes(size, 
 
 # shape, settings, tokens of a prompt, phase (1: the update), bounds of planned / counted
 TERMS = {
-    "split's slices": (thin(1000, 1024, 16384), KEPT + SHORT + TOKENS + "1000", PROMPT, 1, 0.93, 1.05),
-    "offload's slices": (thin(1000, 1024, 16384), SHORT + TOKENS + "1 train.optimizer=offload", PROMPT, 1, 0.95, 1.9),
     "fp32": (shape_config("0.5B"), "train.optimizer=master model.dtype=float32", PROMPT, 0, 0.95, 1.05),
     "kept activations": (shape_config("0.5B"), KEPT, PROMPT, 1, 0.95, 1.05),
     "a layer's backward": (thin(50000, 1024, 8192), "", PROMPT, 1, 0.98, 1.1),

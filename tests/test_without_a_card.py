@@ -114,5 +114,19 @@ def test_the_device_has_an_index_because_set_device_refuses_one_without(name, in
     monkeypatch.setenv("PYTORCH_CUDA_ALLOC_CONF", "")
     assert find_device(name) == torch.device("cuda", index)
     assert chosen == [torch.device("cuda", index), False]
-    with pytest.raises(UserError, match="cuda:2"):
+    with pytest.raises(UserError, match=r"cuda:2.* 2"):
         find_device("cuda:2")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "3")
+    with pytest.raises(UserError, match=r"GPU 2.* 2"):  # on every rank, not only on the one that has none
+        find_device("auto")
+
+
+def test_a_driver_that_is_too_old_is_no_reason_to_train_on_the_cpu_in_silence(monkeypatch, capsys):
+    """NVML counts the cards all the same."""
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    with pytest.raises(UserError, match=r"model\.device.*too old.*CUDA 13\.0.*torch=="):
+        find_device("cuda")
+    assert find_device("cpu") == find_device("auto") == torch.device("cpu")
+    assert "too old" in capsys.readouterr().out.strip("\n").replace("\n", "a second line too")
