@@ -212,9 +212,8 @@ class PackedBatch:
             begin += table.numel()
             self.tables.append(table.to(tokens.device))
             rows = rows[len(similar) :]
-        self.back = back.to(
-            tokens.device
-        )  # (L,): where the tables have a token; a shared one in its last row
+        # (L,): where the tables have a token; a shared one in its last row
+        self.back = back.to(tokens.device)
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Causal attention within the rows: q (1, Hq, L, D), k and v (1, Hkv, L, D), output (1, Hq, L, D)."""
@@ -245,7 +244,7 @@ def response_logprobs(policy: Qwen2, episodes: list[Episode], temperature: float
         distribution = tempered(policy.logits(hidden), temperature).log_softmax(dim=-1)  # (C, V)
         logprobs = distribution.gather(-1, targets[:, None])[:, 0]  # (C,)
         with torch.no_grad():  # last, so that backward's second run of this function ends before it
-            entropy = torch.special.entr(distribution.exp()).sum(dim=-1)  # (C,)
+            entropy = -(distribution.exp() * distribution)[:, : policy.vocabulary].sum(-1)  # (C,)
         return logprobs, entropy
 
     chunks = [

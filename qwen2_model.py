@@ -68,9 +68,8 @@ def causal_attention(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
     Rows are padded on the right, so no mask is needed: padding comes after every real token.
     """
-    if (
-        q.is_cuda and q.dtype == torch.float32
-    ):  # only the quadratic fp32 kernel shares K and V among query heads
+    # in fp32 only the quadratic kernel shares K and V among query heads
+    if q.is_cuda and q.dtype == torch.float32:
         k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))
     return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.shape[1] != k.shape[1])
 
