@@ -17,16 +17,14 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
 
 import torch
 
 from data_types import CHUNK_TOKENS, COLUMN_BLOCK, PREFILL_TOKENS, Config
-from plumbing.ranks import world_size
+from plumbing.ranks import T, world_size
 from plumbing.terminal import UserError, out_of_memory, say, warn
 from qwen2_model import Qwen2, Qwen2Config
 
-T = TypeVar("T")
 GIB = 2**30
 RESERVE = 0.75 * GIB
 
@@ -112,8 +110,8 @@ def plan_memory(
     if parts > 1:  # FSDP2: embedding and head stay gathered until backward ends, layers two at a time; fp32 gradients
         head, outside = vocabulary * shape.hidden_size, weights - layers * in_layer  # numbers, not bytes
         two_layers = 2 * size * in_layer + (size + 4) * in_layer + 1.6 * layer
-        chunk_backward = CHUNK_TOKENS * 12 * vocabulary  # the first log-softmax is not alive then
-        in_backward = size * (outside + head) + max(two_layers, chunk_backward)
+        # in backward of a chunk the first log-softmax is not alive
+        in_backward = size * (outside + head) + max(two_layers, CHUNK_TOKENS * 12 * vocabulary)
         reduced_last = (size + 4) * outside - kept  # kept activations are free by then
         working = max(in_backward, size * outside + chunk, reduced_last)
     update = {"gradients": 4 * weights / parts, "kept": kept, "one layer, or embedding and head": working}

@@ -23,7 +23,6 @@ from plumbing.terminal import UserError, one_line
 from qwen2_model import Qwen2
 
 T = TypeVar("T")
-TIMEOUT = timedelta(minutes=30)  # for a rank that samples the longest responses, or saves a checkpoint
 
 
 @contextmanager
@@ -31,7 +30,8 @@ def process_group() -> Iterator[None]:
     """Join the process group, where torchrun started several processes; of their errors one is shown, the first."""
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-        dist.init_process_group(backend, timeout=TIMEOUT)
+        # it must do for a rank that samples the longest responses, or saves a checkpoint
+        dist.init_process_group(backend, timeout=timedelta(minutes=30))
     try:
         yield
     except (UserError, OSError):

@@ -130,9 +130,8 @@ def find_device(name: str) -> torch.device:
         say(f"device  cpu, although this torch is built for CUDA: {none}")
     if device.type == "cuda":
         index = int(os.environ.get("LOCAL_RANK", device.index or 0))
-        last = max(index, int(os.environ.get("LOCAL_WORLD_SIZE", "1")) - 1)  # so that all ranks say the same
-        if last >= gpus:
-            few = f"there is no GPU {last}, this machine has {gpus}, one for each process"
+        if max(index + 1, int(os.environ.get("LOCAL_WORLD_SIZE", "1"))) > gpus:  # so that all ranks say the same
+            few = f"this machine has {gpus} GPUs, numbered from 0, one for each process"
             raise UserError(f"model.device is {name}: {few if gpus else none}; or model.device=cpu")
         os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")  # read at the first allocation
         device = torch.device("cuda", index)

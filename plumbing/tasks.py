@@ -84,9 +84,9 @@ def split_problems(task: Task, data: DataSettings) -> tuple[list[Any], list[Any]
     if len(by_key) <= data.held_out:
         cures = "lower data.held_out, widen the data's filters or use more data"
         raise UserError(f"{len(by_key)} different problems are too few to hold out {data.held_out} of them: {cures}")
-    chosen = nsmallest(data.held_out, by_key, key=lambda key: hashlib.sha256(key.encode()).digest())
-    taken = set(chosen)
-    return [p for key, p in zip(keys, problems, strict=True) if key not in taken], [by_key[key] for key in chosen]
+    chosen = nsmallest(data.held_out, by_key, lambda key: hashlib.sha256(key.encode()).digest())
+    held_out = [by_key.pop(key) for key in chosen]  # those that are left are trained on
+    return [p for key, p in zip(keys, problems, strict=True) if key in by_key], held_out
 
 
 def problem_order(count: int, seed: int, begin: int, end: int) -> list[int]:
