@@ -109,11 +109,12 @@ def plan_memory(
     working = max(embedding + 1.6 * layer, 3 * embedding, chunk)
     if parts > 1:  # FSDP2: embedding and head stay gathered until backward ends, layers two at a time; fp32 gradients
         head, outside = vocabulary * shape.hidden_size, weights - layers * in_layer  # numbers, not bytes
-        two_layers = 2 * size * in_layer + (size + 4) * in_layer + 1.6 * layer
+        two_layers = 2 * size * in_layer + max((size + 4) * in_layer, size * in_layer + 1.6 * layer)
         # in backward of a chunk the first log-softmax is not alive
         in_backward = size * (outside + head) + max(two_layers, CHUNK_TOKENS * 12 * vocabulary)
         reduced_last = (size + 4) * outside - kept  # kept activations are free by then
-        working = max(in_backward, size * outside + chunk, reduced_last)
+        tied = 4 * size * head + 2 * size * in_layer if shape.tie_word_embeddings else 0
+        working = max(in_backward, tied, reduced_last)
     update = {"gradients": 4 * weights / parts, "kept": kept, "one layer, or embedding and head": working}
     return MemoryPlan(always, sampling, update, rows)
 
