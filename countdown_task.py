@@ -160,7 +160,7 @@ def problem_from_row(numbers: Any, target: Any) -> Problem | None:
         return None
     # one empty cell is enough for pandas to write a whole column as floats
     values = [int(v) if isinstance(v, float) and v.is_integer() else v for v in (*numbers, target)]
-    if not all(type(value) is int and 1 <= value <= MAX_NUMBER for value in values):
+    if {*map(type, values)} != {int} or not 1 <= min(values) <= max(values) <= MAX_NUMBER:
         return None
     return Problem(tuple(values[:-1]), values[-1])
 

@@ -34,7 +34,6 @@ import torch
 import countdown_task
 from data_types import Episode
 from plumbing.config import load_config
-from plumbing.model_folder import find_folder
 from plumbing.run import Agent, set_up
 from plumbing.tasks import grade, load_task
 from plumbing.terminal import UserError, exit_status, run_program, say
@@ -54,7 +53,7 @@ def load_agent(model: str, config_path: Path, overrides: list[str], everything: 
     more = ["data.held_out=1"] if everything else []
     config = load_config(config_path, ["model.device=auto", *own, *overrides, *more, f"model.path={model}"])
     config = replace(config, data=replace(config.data, path=beside_program(config.data.path)))
-    agent = set_up(config, find_folder(config.model), ROWS)
+    agent = set_up(config, max_rows=ROWS)
     if everything:
         agent.held_out += agent.training
     return agent

@@ -245,7 +245,7 @@ def response_logprobs(policy: Qwen2, episodes: list[Episode], temperature: float
         distribution = tempered(policy.logits(hidden), temperature).log_softmax(dim=-1)  # (C, V)
         logprobs = distribution.gather(-1, targets[:, None])[:, 0]  # (C,)
         with torch.no_grad():  # last: checkpoint's recomputation stops before it
-            entropy = torch.special.entr(distribution.exp()).sum(dim=-1)  # (C,)
+            entropy = -(distribution.exp() * distribution)[:, : policy.vocabulary].sum(-1)  # (C,)
         return logprobs, entropy
 
     chunks = [

@@ -57,6 +57,10 @@ class Sampler:
         self.policy, self.tokenizer, self.task = policy, tokenizer, task
         self.max_new_tokens, self.rows_at_a_time = max_new_tokens, rows_at_a_time
         self.graphs = policy.head.is_cuda
+        if self.graphs:  # holds what the first capture needs: with no byte free for it, torch aborts
+            self.generator_state = torch.cuda.CUDAGraph()
+            generator = torch.cuda.default_generators[policy.head.get_device()]
+            self.generator_state.register_generator_state(generator)
         # decode steps between checks for rows that have ended
         self.steps_per_check = 2 if policy.head.device.type == "cpu" else 16
 

@@ -38,8 +38,6 @@ class Logbook:
 
     def __init__(self, folder: Path, config: Config, task: Task, progress: Progress) -> None:
         self.folder, self.config, self.task = folder, config, task
-        if not progress.files:  # a resumed run keeps its own until it trains a step with other settings
-            write_text(folder / "config.yml", dump_config(config))
         self.files = {name: open(folder / name, "ab", 2**20) for name in ("metrics.jsonl", "samples.jsonl")}  # noqa: SIM115
         for name, file in self.files.items():
             written = os.fstat(file.fileno()).st_size
@@ -70,8 +68,8 @@ class Logbook:
         self.append("metrics.jsonl", {"step": step, **clean})
         self.append("samples.jsonl", *(self.sample(step, e) for e in episodes[: self.config.output.samples]))
         with training_continues(f"{self.folder}"):  # TensorBoard's writer does not recover, the files do
-            if step:
-                write_text(self.folder / "config.yml", dump_config(self.config))
+            # only now: a resumed run keeps its own until it has trained a step with other settings
+            write_text(self.folder / "config.yml", dump_config(self.config))
             for key, value in clean.items():
                 if value is not None:
                     self.tensorboard.add_scalar(key, value, step)
@@ -87,7 +85,6 @@ class Logbook:
             "response": self.task.ASSISTANT_PREFIX + episode.text,
             "reward": episode.reward,
             **{f"reward_{name}": value for name, value in episode.rewards.items()},
-            "length": len(episode.response_ids),
             "ended": not episode.truncated,
         }
 
@@ -141,43 +138,29 @@ def episode_metrics(episodes: list[Episode], group_size: int) -> dict[str, float
 
 # ---- Warnings for a run that nobody watches --------------------------------------------------------------------
 
-PATIENCE = 10  # steps in which every response scores 0 before it is worth a warning
 GAP_BOUNDS = {"float32": 1e-5, "bfloat16": 5e-2}  # mean |log ratio| between trainer and sampler
 
 
 class Alarms:
     """Looks at each step's metrics and warns about each kind of trouble the first time it is seen.
 
-    A resumed run starts afresh: it measures the entropy against its own first step, and may warn again.
+    A resumed run may warn again.
     """
 
     def __init__(self, config: Config, task: Task) -> None:
         self.config, self.score, self.bound = config, task.SCORE, GAP_BOUNDS[config.model.dtype]
         self.warned: set[str] = set()
-        self.first_entropy: float | None = None
         self.best = 0.0
-        self.steps_at_zero = 0
 
     def check(self, metrics: dict[str, Any], progress: Progress) -> None:
         """Warn of each trouble in these metrics that was not warned of before."""
-        entropy, gap, score = metrics["entropy"], metrics["logprob_gap"], metrics[f"reward_{self.score}"]
-        some_variance = metrics["zero_variance"] < metrics["groups"]  # else the entropy is that of one row
-        if self.first_entropy is None and some_variance and math.isfinite(entropy):
-            self.first_entropy = entropy
+        gap, score = metrics["logprob_gap"], metrics[f"reward_{self.score}"]
         self.best = max(self.best, score)
-        self.steps_at_zero = self.steps_at_zero + 1 if score == 0 else 0
         collapsed = self.best >= 0.1 and score < 0.1 * self.best
-        fallen = progress.best - metrics.get("eval_greedy", progress.best)
-        much = max(0.2 * abs(progress.best), 4 * metrics.get("eval_greedy_se", 0.0))
         flat = metrics["zero_variance"] > metrics["groups"] / 2 and not collapsed
-        hopeless = self.steps_at_zero >= PATIENCE and not collapsed
-        narrow = some_variance and entropy < 0.1 * (self.first_entropy or 0.0)
         lower, best = f"lower train.learning_rate (it is {self.config.train.learning_rate:g})", best_weights(progress)
         self.warn(collapsed, f"{self.score} has collapsed: {lower} and start again; {best}")
-        self.warn(fallen > much, f"held-out {self.score} is far below its best: {lower}; {best}")
         self.warn(flat, "most groups have zero variance: raise rollout.group_size, or choose other questions (data.*)")
-        self.warn(hopeless, f"{self.score} has been 0 for every response for a while: easier problems (data.*)?")
-        self.warn(narrow, f"the entropy is below a tenth of what it was: {lower}, or raise train.clip_high")
         self.warn(metrics["truncated"] > 0.5, "more than half are truncated: raise rollout.max_new_tokens")
         self.warn(not gap <= self.bound, f"trainer and sampler differ: {gap:.2g} per logprob, a bug or a broken GPU")
 

@@ -17,17 +17,14 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
 
 import torch
 
 from data_types import CHUNK_TOKENS, COLUMN_BLOCK, PREFILL_TOKENS, Config
-from optimizer import SLICE
-from plumbing.ranks import world_size
+from plumbing.ranks import T, world_size
 from plumbing.terminal import UserError, out_of_memory, say, warn
 from qwen2_model import Qwen2, Qwen2Config
 
-T = TypeVar("T")
 GIB = 2**30
 RESERVE = 0.75 * GIB
 
@@ -109,15 +106,15 @@ def plan_memory(
     kept = layers * (tokens * shape.hidden_size * size if train.activation_checkpointing else layer)
     embedding = 4 * vocabulary * shape.hidden_size  # the gradient of the embedding, which the head may share, fp32
     chunk = CHUNK_TOKENS * 16 * vocabulary
-    slices = (12 if train.optimizer == "offload" else 6) * 4 * SLICE
-    working = max(embedding + 1.6 * layer, 3 * embedding, chunk, slices - kept)
+    working = max(embedding + 1.6 * layer, 3 * embedding, chunk)
     if parts > 1:  # FSDP2: embedding and head stay gathered until backward ends, layers two at a time; fp32 gradients
         head, outside = vocabulary * shape.hidden_size, weights - layers * in_layer  # numbers, not bytes
-        two_layers = 2 * size * in_layer + (size + 4) * in_layer + 1.6 * layer
-        chunk_backward = CHUNK_TOKENS * 12 * vocabulary  # the first log-softmax is not alive then
-        in_backward = size * (outside + head) + max(two_layers, chunk_backward)
+        two_layers = 2 * size * in_layer + max((size + 4) * in_layer, size * in_layer + 1.6 * layer)
+        # in backward of a chunk the first log-softmax is not alive
+        in_backward = size * (outside + head) + max(two_layers, CHUNK_TOKENS * 12 * vocabulary)
         reduced_last = (size + 4) * outside - kept  # kept activations are free by then
-        working = max(in_backward, size * outside + chunk, reduced_last, slices - kept)
+        tied = 4 * size * head + 2 * size * in_layer if shape.tie_word_embeddings else 0
+        working = max(in_backward, tied, reduced_last)
     update = {"gradients": 4 * weights / parts, "kept": kept, "one layer, or embedding and head": working}
     return MemoryPlan(always, sampling, update, rows)
 
@@ -139,17 +136,13 @@ def check_memory(config: Config, shape: Qwen2Config, prompt_tokens: int, device:
     (sampling, update), free = (peak / GIB for peak in plan.peaks), available / GIB
     say(f"memory  {sampling:.2f} GiB planned for sampling, {update:.2f} for the update; {free:.2f} are free")
     if max(sampling, update) > free:
-        cures = "set train.activation_checkpointing=true, model.dtype=bfloat16, train.optimizer=split or offload"
-        cures += ", or lower rollout.max_new_tokens or train.tokens_per_microbatch"
+        cures = "set train.activation_checkpointing=true, model.dtype=bfloat16 or train.optimizer=offload"
         raise UserError(f"this run needs {max(sampling, update):.1f} GiB, and {free:.1f} GiB are free: {cures}")
     return plan.rows
 
 
 def host_memory() -> float:
     """Bytes of memory that are available on this machine, or all there are where it does not say."""
-    sizes = [os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")]
     with suppress(OSError):  # not Linux
-        sizes += [1024 * int(size) for size in re.findall(r"MemAvailable: *(\d+)", Path("/proc/meminfo").read_text())]
-    with suppress(OSError, ValueError):  # no container, or one without a limit
-        sizes.append(int(Path("/sys/fs/cgroup/memory.max").read_text()))
-    return min(sizes)
+        return 1024 * int(re.findall(r"MemAvailable: *(\d+)", Path("/proc/meminfo").read_text())[0])
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

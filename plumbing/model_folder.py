@@ -16,7 +16,6 @@ import json
 import os
 import re
 from collections.abc import Iterator
-from contextlib import suppress
 from dataclasses import fields
 from datetime import datetime
 from functools import partial
@@ -24,7 +23,6 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import jinja2
-import jinja2.ext
 import torch
 from huggingface_hub import save_torch_state_dict, snapshot_download
 from jinja2.sandbox import ImmutableSandboxedEnvironment
@@ -71,8 +69,7 @@ def find_folder(settings: ModelSettings | DataSettings) -> Path:
         shards = {*read_index(folder, "model").values()} or {"model*.safetensors"}
         return Path(fetch(allow_patterns=[*patterns, *shards])) if of_model else folder
     except Exception as error:  # the hub's, the HTTP client's and the system's errors have no common base
-        cures = f"check {section}.path and revision, the network, HF_TOKEN, the disk of HF_HOME"
-        raise UserError(f"{name}: not to be had from the hub ({one_line(error)}): {cures}") from error
+        raise UserError(f"{name}: check {section}.path, network, HF_TOKEN, disk: {one_line(error)}") from error
 
 
 # ---- config.json -----------------------------------------------------------------------------------------------
@@ -105,37 +102,22 @@ def read_model_config(folder: str | Path) -> Qwen2Config:
 
     for key, covered in COVERED.items():
         check(key, json.dumps(raw.get(key)) in covered, f"only {' or '.join(covered)} is covered")
-    raw["rope_theta"] = find_rope_theta(path, raw)
+    for key in ("rope_parameters", "rope_scaling"):  # what else they hold stretches the positions for long contexts
+        rope = raw.get(key) or {}
+        plain = isinstance(rope, dict) and all(rope[name] in (None, "default") for name in {*rope} - {"rope_theta"})
+        check(key, plain, "only plain rotary positions are covered")
+        raw["rope_theta"] = rope.get("rope_theta", raw.get("rope_theta"))  # transformers 5 moved it there
     numbers: dict[str, Any] = {field.name: field.type for field in fields(Qwen2Config) if field.type is not bool}
     for key, kind in numbers.items():  # a bool is no number here, nor is nan
         if key == "head_dim" and raw.get(key) is None:
             raw[key] = raw["hidden_size"] // raw["num_attention_heads"]
         good = type(raw.get(key)) in (int, kind) and 0 < raw[key] <= LARGEST[kind]
         check(key, good, f"it must be a {'whole ' if kind is int else ''}number above 0, at most {LARGEST[kind]:,}")
-    layers, heads, kv_heads = (raw[f"num_{what}"] for what in ("hidden_layers", "attention_heads", "key_value_heads"))
-    check("num_hidden_layers", layers <= 1024, "it must be at most 1024")
+    heads, kv_heads = raw["num_attention_heads"], raw["num_key_value_heads"]
     check("num_attention_heads", heads % kv_heads == 0, f"it must be a multiple of {kv_heads}")
     check("head_dim", raw["head_dim"] % 2 == 0, "it must be a multiple of 2")
-    full = raw.get("layer_types") in (None, ["full_attention"] * layers)
-    check("layer_types", full, 'only "full_attention" in every layer is covered')
     values = {key: kind(raw[key]) for key, kind in numbers.items()}
     return Qwen2Config(**values, tie_word_embeddings=raw["tie_word_embeddings"])
-
-
-def find_rope_theta(path: Path, raw: dict[str, Any]) -> Any:
-    """The base of the rotary angles: `rope_theta`, which transformers 5 moved into `rope_parameters`.
-
-    What else `rope_parameters` or the older `rope_scaling` holds stretches the positions for long contexts.
-    """
-    theta = raw.get("rope_theta")
-    for key in ("rope_parameters", "rope_scaling"):
-        rope = raw.get(key) or {}
-        if not isinstance(rope, dict) or any(rope[name] not in (None, "default") for name in {*rope} - {"rope_theta"}):
-            raise UserError(f"{path}: {key} is {json.dumps(rope):.80}; only plain rotary positions are covered")
-        theta, other = rope.get("rope_theta") or theta, theta
-        if other not in (None, theta):
-            raise UserError(f"{path}: rope_theta is both {other!s:.40} and {theta!s:.40}; keep one")
-    return theta
 
 
 # ---- Loading ---------------------------------------------------------------------------------------------------
@@ -152,8 +134,6 @@ def load_model(folder: str | Path, device: torch.device, dtype: torch.dtype) -> 
         model = Qwen2(read_model_config(folder))
     for stored_name, tensor in read_tensors(folder, "model"):
         name = stored_name.removeprefix("model.")
-        if name.endswith(".rotary_emb.inv_freq"):  # a table that old checkpoints hold
-            continue
         if name in weights or tensor.dtype not in STORED_TYPES:
             fault = "is there twice" if name in weights else f"is {tensor.dtype}, not one of {STORED_TYPES}"
             raise UserError(f"{folder}: {name} {fault}")
@@ -173,10 +153,9 @@ def load_model(folder: str | Path, device: torch.device, dtype: torch.dtype) -> 
 
 def read_index(folder: Path, stem: str) -> dict[str, str]:
     """The file that holds each tensor; empty where no index says so."""
-    with suppress(UserError, KeyError, AttributeError):
-        content: Any = read_json(folder / f"{stem}.safetensors.index.json")["weight_map"]
-        return {name: str(file) for name, file in content.items()}
-    return {}
+    path = folder / f"{stem}.safetensors.index.json"
+    weight_map = read_json(path).get("weight_map") if path.is_file() else None
+    return {name: str(file) for name, file in weight_map.items()} if isinstance(weight_map, dict) else {}
 
 
 def read_tensors(folder: Path, stem: str) -> Iterator[tuple[str, Tensor]]:
@@ -184,13 +163,14 @@ def read_tensors(folder: Path, stem: str) -> Iterator[tuple[str, Tensor]]:
 
     Where the files of an index are there, it decides which of them holds a tensor.
     """
-    shards, there = read_index(folder, stem), sorted(folder.glob(f"{stem}*.safetensors"))
-    if not there:
+    shards = read_index(folder, stem)
+    files = sorted({folder / name for name in shards.values()})
+    if not files or not all(path.is_file() for path in files):  # no index, or one left over from other weights
+        shards, files = {}, sorted(folder.glob(f"{stem}*.safetensors"))
+    if not files:
         how = "convert a pytorch_model.bin with from_pretrained and save_pretrained of transformers"
         raise UserError(f"{folder}: no {stem}.safetensors: {how}")
-    if {*shards.values()} - {path.name for path in there}:
-        shards = {}  # an index left over from other weights
-    for path in [path for path in there if path.name in shards.values()] or there:
+    for path in files:
         try:
             with safe_open(path, framework="pt") as file:
                 names = [name for name in file.keys() if shards.get(name, path.name) == path.name]  # noqa: SIM118
@@ -232,21 +212,13 @@ def save_tensors(tensors: dict[str, Tensor], folder: Path, stem: str) -> None:
     """Write tensors to stem.safetensors, or to several numbered files and their index."""
     pattern = stem + "{suffix}.safetensors"
     save_torch_state_dict(tensors, folder, filename_pattern=pattern, max_shard_size=SHARD_BYTES)
-    for path in folder.glob(pattern.format(suffix="*")):
-        path.chmod(0o644)  # the library lets nobody else read it
 
 
 # ---- The chat template -----------------------------------------------------------------------------------------
 
 
-class GenerationTag(jinja2.ext.Extension):
-    """{% generation %} ... {% endgeneration %}, the mark of what the assistant said, renders what is in it."""
-
-    tags = {"generation"}  # noqa: RUF012
-
-    def parse(self, parser: jinja2.parser.Parser) -> jinja2.nodes.Node:
-        line = next(parser.stream).lineno
-        return jinja2.nodes.Scope(parser.parse_statements(("name:endgeneration",), drop_needle=True), lineno=line)
+# {% generation %} marks what the assistant said; for the text it is a scope like any other
+GENERATION_TAG = re.compile(r"(\{%[-+]?\s*(?:end)?)generation(?=\s*[-+]?%\})")
 
 
 def compile_template(folder: Path, settings: dict[str, Any]) -> jinja2.Template:
@@ -264,12 +236,12 @@ def compile_template(folder: Path, settings: dict[str, Any]) -> jinja2.Template:
     def raise_exception(message: str) -> NoReturn:
         raise jinja2.TemplateError(message)
 
-    extensions = [GenerationTag, "jinja2.ext.loopcontrols"]
-    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=extensions)
+    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
+    environment.add_extension("jinja2.ext.loopcontrols")
     environment.globals["raise_exception"] = raise_exception
     environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
     environment.filters["tojson"] = partial(json.dumps, ensure_ascii=False)  # jinja2's own would escape < and >
     try:
-        return environment.from_string(source)
+        return environment.from_string(GENERATION_TAG.sub(r"\1with", source))
     except Exception as error:  # a TemplateError, or what Python says to a program that is nested too deep
         raise UserError(f"{folder}: bad chat template: {one_line(error)}") from None

@@ -9,7 +9,7 @@ takes its shard of the groups, and the gradients are all-reduced. Rank zero alon
 
 import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -23,20 +23,24 @@ from plumbing.terminal import UserError, one_line
 from qwen2_model import Qwen2
 
 T = TypeVar("T")
-TIMEOUT = timedelta(minutes=30)  # for a rank that samples the longest responses, or saves a checkpoint
-LOST = "another process of this run has died or hangs (its own message says more); --resume continues the run"
 
 
 @contextmanager
 def process_group() -> Iterator[None]:
-    """Join the process group, where torchrun started several processes."""
+    """Join the process group, where torchrun started several processes; of their errors one is shown, the first."""
     if os.environ.get("WORLD_SIZE", "1") != "1":
         backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-        try:
-            dist.init_process_group(backend, timeout=TIMEOUT)
+        try:  # the timeout must do for a rank that samples the longest responses, or saves a checkpoint
+            dist.init_process_group(backend, timeout=timedelta(minutes=30))
         except (RuntimeError, ValueError) as error:
             raise UserError(f"{one_line(error)}: start all with torchrun, or unset WORLD_SIZE") from None
-    yield
+    try:
+        yield
+    except (UserError, OSError):
+        with suppress(RuntimeError):  # the store is gone, with the process that kept it
+            if world_size() > 1 and dist.distributed_c10d._get_default_store().add("failed", 1) > 1:
+                raise SystemExit(2) from None  # it is the same error, or follows from the first
+        raise
     if world_size() > 1:  # not after an error: the others may be gone
         dist.destroy_process_group()
 
@@ -55,7 +59,7 @@ def collective() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        raise UserError(f"{LOST} ({str(error).partition(chr(10))[0]:.100})") from None
+        raise UserError(f"rank {rank()} lost the others; --resume continues the run: {one_line(error)}") from None
 
 
 def shard_of(length: int) -> slice:
@@ -71,10 +75,6 @@ def all_gather(mine: list[T]) -> list[T]:
     with collective():
         dist.all_gather_object(parts, mine)
     return [each for part in parts for each in part]
-
-
-def max_over_ranks(number: int) -> int:
-    return max(all_gather([number]))
 
 
 def on_rank_zero(work: Callable[[], T]) -> T:
@@ -157,5 +157,5 @@ def unsharded_copy(policy: Qwen2) -> Qwen2:
 
 def pad_with_empty_batches(policy: Qwen2, batches: list[list[Episode]], filler: Episode) -> list[list[Episode]]:
     """`batches`, and where another rank has more, batches of weight zero: FSDP2's collectives need as many on each."""
-    missing = max_over_ranks(len(batches)) - len(batches) if is_sharded(policy) else 0
+    missing = max(all_gather([len(batches)])) - len(batches) if is_sharded(policy) else 0
     return batches + [[replace(filler, token_weight=0.0, advantage=0.0)]] * missing

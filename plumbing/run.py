@@ -23,7 +23,7 @@ from data_types import Config, Episode, Progress
 from optimizer import AdamW
 from plumbing import checkpoint, files, logbook, memory, model_folder, ranks, tasks
 from plumbing.config import load_config
-from plumbing.terminal import Interrupted, UserError, is_rank_zero, progress_bar, say, training_continues
+from plumbing.terminal import Interrupted, UserError, is_rank_zero, say, training_continues
 from rollout import Sampler
 from tokenizer import Tokenizer
 
@@ -45,18 +45,16 @@ def open_run(config: str, resume: str | None, name: str | None, overrides: list[
         folder = ranks.on_rank_zero(partial(checkpoint.find_run, resume))
         settings = load_config(folder / "config.yml", overrides)
     with checkpoint.locked(folder) if is_rank_zero() else nullcontext():
-        if resume is None:
-            source, progress = model_folder.find_folder(settings.model), Progress()
-        else:
-            source, progress = ranks.on_rank_zero(partial(checkpoint.prepare_resume, folder, settings))
-        agent = set_up(settings, source)
+        prepare = partial(checkpoint.prepare_resume, folder, settings)
+        saved, progress = ranks.on_rank_zero(prepare) if resume else (None, Progress())
+        agent = set_up(settings, saved)
         digest = hashlib.sha256(repr((agent.training, agent.held_out)).encode()).hexdigest()
         if progress.problems not in ("", digest):
             raise UserError(f"{settings.data.path}: not the problems this run began with: put them back or start anew")
         progress.problems = digest
         optimizer = AdamW(agent.sampler.policy.parameters(), settings.train, agent.sampler.policy.dtype)
-        if resume is not None:
-            checkpoint.load_optimizer(source, optimizer, progress)
+        if saved:
+            checkpoint.load_optimizer(saved, optimizer, progress)
         run = Run(agent, optimizer, folder, progress)
         run.introduce()
         with stop_signals(run):  # while it saves, too
@@ -87,16 +85,17 @@ class Agent:
     small_files: dict[str, bytes]  # of the model's folder, besides its weights
 
 
-def set_up(config: Config, source: Path, max_rows: int = 0) -> Agent:
-    """The agent of a config and a model folder; what is cheap to check comes first, the weights are read last.
+def set_up(config: Config, source: Path | None = None, max_rows: int = 0) -> Agent:
+    """The agent of a config; what is cheap to check comes first, the weights are fetched and read last.
 
-    max_rows: responses sampled at a time; 0: as many as fit beside what training needs, which must fit.
+    source: the model's folder, if not that of `model.path`. max_rows: responses sampled at a time; 0: as many as fit
+    beside what training needs, which must fit.
     """
     device = find_device(config.model.device)
     if config.train.threads or "OMP_NUM_THREADS" not in os.environ:  # torch itself reads the latter
         torch.set_num_threads(config.train.threads or free_cores())
-    shape, task = model_folder.read_model_config(source), tasks.load_task(config.data.task)
-    tokenizer = Tokenizer(source)
+    task, source = tasks.load_task(config.data.task), source or model_folder.find_folder(config.model)
+    tokenizer, shape = Tokenizer(source), model_folder.read_model_config(source)
     if len(tokenizer) > shape.vocab_size:
         raise UserError(f"{source}: {len(tokenizer)} ids in the tokenizer, {shape.vocab_size} in config.json")
     training, held_out = tasks.split_problems(task, config.data)
@@ -130,13 +129,17 @@ def free_cores() -> int:
 
 
 def find_device(name: str) -> torch.device:
-    """The torch device of `model.device`, made ready; `auto` takes a GPU where there is one."""
-    gpus = torch.cuda.device_count()
+    """The torch device of `model.device`, made ready; `auto` takes a GPU where there is one that torch can use."""
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0  # the first counts what an old driver has, too
     device = torch.device(("cuda" if gpus else "cpu") if name == "auto" else name)
+    none = f"no GPU, or the driver is too old for this torch (CUDA {torch.version.cuda}): pip install torch==2.10.0"
+    if name == "auto" and torch.version.cuda and not gpus:
+        say(f"device  cpu, although this torch is built for CUDA: {none}")
     if device.type == "cuda":
         index = int(os.environ.get("LOCAL_RANK", device.index or 0))
-        if index >= gpus:
-            raise UserError(f"model.device is {name}: there is no GPU {index}; model.device=cpu needs none")
+        if max(index + 1, int(os.environ.get("LOCAL_WORLD_SIZE", "1"))) > gpus:  # so that all ranks say the same
+            few = f"this machine has {gpus} GPUs, numbered from 0, one for each process"
+            raise UserError(f"model.device is {name}: {few if gpus else none}; or model.device=cpu")
         os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")  # read at the first allocation
         device = torch.device("cuda", index)
         torch.cuda.set_device(device)  # streams and graphs belong to the current one
@@ -172,7 +175,7 @@ class Run:
         if is_rank_zero():  # which alone writes
             self.logbook = logbook.Logbook(folder, config, self.task, progress)
         self.signal = 0  # the stop signal that came
-        self.seconds = {"rollout": 0.0, "update": 0.0}  # of this step
+        self.seconds = {"rollout_seconds": 0.0, "update_seconds": 0.0}  # of this step
         self.step_began = time.perf_counter()
 
     def introduce(self) -> None:
@@ -189,18 +192,16 @@ class Run:
         """The steps that are left; Interrupted between two of them when a signal came."""
         steps, done = self.config.train.steps, self.progress.step
         self.step_began = time.perf_counter()
-        with progress_bar("training", " steps", total=steps, done=done) as bar:
-            for step in range(done + 1, steps + 1):
-                self.stop_if_asked()
-                yield step
-                bar.update()
+        for step in range(done + 1, steps + 1):
+            self.stop_if_asked()
+            yield step
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
         """Times a part of a step, "rollout" or "update". A signal drops what was sampled, but no update."""
         began = time.perf_counter()
         yield
-        self.seconds[name] = time.perf_counter() - began
+        self.seconds[f"{name}_seconds"] = time.perf_counter() - began
         if name == "rollout":
             self.stop_if_asked()
 
@@ -215,8 +216,7 @@ class Run:
             os.write(2, text)  # print may be busy
 
     def stop_if_asked(self) -> None:
-        number = ranks.max_over_ranks(self.signal)  # together they go on, or stop
-        if number:
+        if number := max(ranks.all_gather([self.signal])):  # together they go on, or stop
             raise Interrupted(number)
 
     # ---- After a step -------------------------------------------------------------------------------------------
@@ -224,7 +224,7 @@ class Run:
     def finish_step(self, step: int, episodes: list[Episode], stats: dict[str, Any]) -> None:
         """Log a step, warn, keep the best weights, save a checkpoint when it is due, stop what has gone wrong."""
         config, progress = self.config, self.progress
-        metrics = logbook.episode_metrics(episodes, config.rollout.group_size) | stats | self.speed(episodes)
+        metrics = logbook.episode_metrics(episodes, config.rollout.group_size) | stats | self.time_step()
         self.log(step, metrics, episodes)
         progress.step, progress.problems_used = step, progress.problems_used + metrics["groups"]
         progress.optimizer_steps = self.optimizer.steps
@@ -250,16 +250,12 @@ class Run:
         if is_rank_zero():
             self.logbook.write_step(step, metrics, episodes, self.progress)
 
-    def speed(self, episodes: list[Episode]) -> dict[str, float]:
-        """Of sampling (response tokens) and of the update (prompt and response tokens of the active rows)."""
-        sampled = sum(len(episode.response_ids) for episode in episodes)
-        updated = sum(episode.length for episode in episodes if episode.active) * self.config.train.updates_per_batch
-        rollout, update, now = self.seconds["rollout"], self.seconds["update"], time.perf_counter()
+    def time_step(self) -> dict[str, float]:
+        """Seconds of the step's rollout and update, and of the run so far."""
+        now = time.perf_counter()
         self.progress.seconds += now - self.step_began
         self.step_began = now
-        speed = {"rollout_tokens_per_second": sampled / rollout, "update_tokens_per_second": updated / update}
-        seconds = {"rollout_seconds": rollout, "update_seconds": update, "elapsed_seconds": self.progress.seconds}
-        return speed | seconds
+        return {**self.seconds, "elapsed_seconds": self.progress.seconds}
 
     def save(self) -> None:
         """Save a checkpoint of the last finished step; a failure is reported and does not stop training."""

@@ -10,6 +10,7 @@
 The rest of the program handles problems without looking into them: all it needs is a `repr` that tells them apart.
 """
 
+import gc
 import hashlib
 import importlib
 import math
@@ -19,7 +20,8 @@ import sys
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import MISSING, dataclass, fields
-from fnmatch import fnmatch
+from functools import lru_cache
+from heapq import nsmallest
 from pathlib import Path
 from textwrap import shorten
 from typing import Any
@@ -28,7 +30,7 @@ import pyarrow.parquet
 
 from data_types import DataSettings, Episode
 from plumbing.model_folder import find_folder
-from plumbing.terminal import UserError, one_line, say, warn
+from plumbing.terminal import UserError, say, warn
 
 PLACES = (Path(__file__).resolve().parents[1], Path(__file__).resolve().parents[1] / "examples")
 
@@ -76,26 +78,30 @@ def split_problems(task: Task, data: DataSettings) -> tuple[list[Any], list[Any]
     Problems are held out in the order of their keys' hashes, whatever their own order, so that a filter, too, moves as
     few of them as it can from one side to the other. Of several copies the one with the first `repr` is held out.
     """
+    gc.disable()  # what is made here stays: to search it for garbage again and again takes longer than to make it
     problems, by_key = task.load_problems(data), dict[str, Any]()
-    for problem in problems:
-        key = task.problem_key(problem)
-        by_key[key] = min(by_key.get(key, problem), problem, key=repr)
+    gc.enable()
+    keys = [task.problem_key(problem) for problem in problems]
+    for key, problem in zip(keys, problems, strict=True):
+        by_key[key] = min(by_key[key], problem, key=repr) if key in by_key else problem
     if len(by_key) <= data.held_out:
         cures = "lower data.held_out, widen the data's filters or use more data"
         raise UserError(f"{len(by_key)} different problems are too few to hold out {data.held_out} of them: {cures}")
-    chosen = sorted(by_key, key=lambda key: hashlib.sha256(key.encode()).digest())[: data.held_out]
-    taken = set(chosen)
-    return [p for p in problems if task.problem_key(p) not in taken], [by_key[key] for key in chosen]
+    chosen = nsmallest(data.held_out, by_key, lambda key: hashlib.sha256(key.encode()).digest())
+    held_out = [by_key.pop(key) for key in chosen]  # those that are left are trained on
+    return [p for key, p in zip(keys, problems, strict=True) if key in by_key], held_out
 
 
 def problem_order(count: int, seed: int, begin: int, end: int) -> list[int]:
     """Which of `count` problems come at places `begin` to `end`: each epoch goes through all in an order of its own."""
-    order: list[int] = []
-    for epoch in range(begin // count, (end - 1) // count + 1):
-        one_epoch = list(range(count))
-        random.Random(f"{seed}/{epoch}").shuffle(one_epoch)  # seeded by a text: (1, 23) and (12, 3) stay apart
-        order += one_epoch
-    return order[begin % count :][: end - begin]
+    return [epoch_order(count, seed, place // count)[place % count] for place in range(begin, end)]
+
+
+@lru_cache(maxsize=2)  # a step may go from one epoch into the next
+def epoch_order(count: int, seed: int, epoch: int) -> list[int]:
+    order = list(range(count))
+    random.Random(f"{seed}/{epoch}").shuffle(order)  # seeded by a text: (1, 23) and (12, 3) stay apart
+    return order
 
 
 # ---- Problems from parquet files ---------------------------------------------------------------------------------
@@ -108,11 +114,9 @@ def find_parquet(data: DataSettings) -> dict[str, Path]:
     path = find_folder(data)
     if path.is_file():
         return {path.name: path}
-    found = {file.relative_to(path).as_posix(): file for file in sorted(path.rglob("*.parquet"))}
+    found = {file.relative_to(path).as_posix(): file for file in sorted(path.rglob(data.files or "*.parquet"))}
     files = {name: file for name, file in found.items() if not re.search(r"(^|/)[._]", name)}  # hidden ones
-    if data.files:
-        return {name: file for name, file in files.items() if fnmatch(f"/{name}", f"*/{data.files}")}
-    return {name: file for name, file in files.items() if TRAIN.search(name)} or files
+    return {name: file for name, file in files.items() if data.files or TRAIN.search(name)} or files
 
 
 def read_problems(data: DataSettings, columns: str, make: Callable[..., Any]) -> list[Any]:
@@ -135,10 +139,9 @@ def read_problems(data: DataSettings, columns: str, make: Callable[..., Any]) ->
         rows += list(zip(*(table[name].to_pylist() for name in chosen), strict=True))
     made = [make(*row) for row in rows]
     dropped = [row for row, problem in zip(rows, made, strict=True) if problem is None]
-    example = f", such as {dropped[0]!a:.80}" if dropped else ""
     if len(dropped) == len(rows):
-        raise UserError(f"data.path={data.path}: no problem in columns {columns} of a .parquet file there{example}")
+        raise UserError(f"data.path={data.path}: no problem in columns {columns} of a .parquet file there")
     if dropped:
-        warn(one_line(UserError(f"{data.path}: dropped {len(dropped)} of {len(rows)} rows{example}")))
+        warn(f"{data.path}: dropped {len(dropped)} of {len(rows)} rows, such as {dropped[0]!a:.80}")
     say(f"data    {data.path}: {len(rows):,} rows of {shorten(', '.join(files), 200)}")
     return [problem for problem in made if problem is not None]

@@ -37,10 +37,10 @@ def is_rank_zero() -> bool:
     return os.environ.get("WORLD_SIZE", "1") == "1" or os.environ.get("RANK", "0") == "0"
 
 
-def progress_bar(what: str, unit: str, work: Any = None, total: int | None = None, done: int = 0) -> tqdm:
+def progress_bar(what: str, unit: str, work: Any = None) -> tqdm:
     """A bar over `work` (or updated by hand) that disappears when it is done; none where there is no terminal."""
-    options: Any = {"leave": False, "unit_scale": not (work or total), "disable": None if is_rank_zero() else True}
-    return tqdm(work, desc=what, unit=unit, total=total, initial=done, **options)
+    options: Any = {"leave": False, "unit_scale": not work, "disable": None if is_rank_zero() else True}
+    return tqdm(work, desc=what, unit=unit, **options)
 
 
 def say(text: str, end: str = "\n", file: TextIO | None = None) -> None:

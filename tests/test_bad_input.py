@@ -78,6 +78,8 @@ TABLE = [  # changes of files, arguments of train.py, words (file, key, value) t
     ({}, ["--name", "notes", "output.folder=."], "notes --name"), ({}, ["--resume", OLD, "--name", "x"], "--name"),
     *[({}, ["--resume", name], name) for name in ("runs/none", "none", "notes", "model", LONG)],
     *[({}, [f"model.device={device}"], f"model.device {device} cpu") for device in ("cuda", "cuda:9")],
+    ({}, ["model.path=no/such", "model.device=cuda"], "model.device cuda"),  # before gigabytes are fetched
+    ({}, ["model.path=no/such", "data.path=no/such"], "data.path"),
     # "(owner/name)": a typing error is not asked of the hub
     *[({}, [f"{part}.path={path}"], f"{path} {part}.path (owner/name)") for part in ("model", "data")
       for path in ("none", "/none", "../no", "a/b/c", LONG)],
@@ -141,7 +143,7 @@ def workplace(trained, tmp_path, monkeypatch) -> Path:
     """A copy of it, offline, on a machine that has only a CPU."""
     shutil.copytree(trained, tmp_path / "here", copy_function=os.link)
     monkeypatch.chdir(tmp_path / "here")
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
     return tmp_path
@@ -221,7 +223,8 @@ def test_threads_are_as_many_as_cores_are_free(monkeypatch):
 @pytest.mark.parametrize(("free", "words"), [(0.5, "0.5 train.activation_checkpointing"), (70, "weights are next")])
 def test_a_run_must_fit_into_the_memory_that_is_free(free, words, workplace, monkeypatch, capfd):
     """Others may use the card too: its total says nothing. Else it ends in the first update, after minutes."""
-    for name, value in {"device_count": 1, "set_device": None, "is_bf16_supported": True}.items():
+    values = {"is_available": True, "device_count": 1, "set_device": None, "is_bf16_supported": True}
+    for name, value in values.items():
         monkeypatch.setattr(torch.cuda, name, Mock(return_value=value))
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (int(free * 2**30), 80 * 2**30))
     monkeypatch.setattr(torch.backends.cuda, "enable_cudnn_sdp", Mock())

@@ -15,6 +15,7 @@ import pytest
 import countdown_task as task
 from countdown_task import Problem, Settings, grade, load_problems, question_text
 from fuzz_grader import DEEPEST, fuzz, graded
+from plumbing import tasks
 from plumbing.tasks import load_task, problem_order, split_problems
 from plumbing.terminal import UserError
 from tools.make_tiny import generate_problems
@@ -253,5 +254,8 @@ def test_the_order_is_a_function_of_seed_and_place():
     assert len(set(orders)) == len(orders)  # (1, 12) is not (11, 2)
     whole = problem_order(50, 3, 0, 500)
     assert all(problem_order(50, 3, *part) == whole[slice(*part)] for part in ((0, 7), (45, 55), (99, 100), (20, 330)))
+    tasks.epoch_order.cache_clear()
+    assert [problem_order(50, 3, at, at + 3) for at in range(90)] == [whole[at : at + 3] for at in range(90)]
+    assert tasks.epoch_order.cache_info().misses == 2  # half a million problems take a second to shuffle
     assert random.getstate() == state  # nobody else's randomness is touched
     assert problem_order(10, 7, 20, 30) == [1, 2, 0, 8, 4, 6, 3, 9, 7, 5]  # in every process and version

@@ -7,7 +7,6 @@ import contextlib
 import multiprocessing
 import os
 import shutil
-import socket
 import sys
 import tempfile
 import time
@@ -23,6 +22,8 @@ from safetensors.torch import load_file
 from torch.distributed import distributed_c10d
 
 import train
+from plumbing import ranks
+from plumbing.terminal import UserError
 from rollout import Sampler
 from short_run import Done, arguments, byte_rewards, resume
 
@@ -39,7 +40,8 @@ FAULTS = {  # what a process does that is the last or not; how the two end
 def work(rank: int, count: int, port: int, typed: list[str], log: Path, fault: str) -> None:
     """One of the processes; the fault strikes in the fifth rollout."""
     place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count, "MASTER_PORT": port}
-    os.environ |= {key: str(value) for key, value in place.items()} | {"MASTER_ADDR": "127.0.0.1"}
+    place |= {"MASTER_ADDR": "127.0.0.1", "TORCHELASTIC_USE_AGENT_STORE": True, "TORCHELASTIC_RESTART_COUNT": 0}
+    os.environ |= {key: str(value) for key, value in place.items()}
     rollout, calls = Sampler.rollout, []
 
     def faulty(self: Sampler, *others: object) -> list:
@@ -57,12 +59,10 @@ def work(rank: int, count: int, port: int, typed: list[str], log: Path, fault: s
 
 
 def launch(folder: Path, count: int, *typed: str, fault: str = "") -> tuple[Done, list[int]]:
-    """A run of `count` processes; what rank 0 printed, and how each ended."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    """A run of `count` processes; what rank 0 printed, what all complained of, and how each ended."""
+    store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # torchrun's own
     logs = [folder.parent / f"{folder.name}-{rank}.log" for rank in range(count)]
-    started = [processes.Process(target=work, args=(r, count, port, typed, logs[r], fault)) for r in range(count)]
+    started = [processes.Process(target=work, args=(r, count, store.port, typed, logs[r], fault)) for r in range(count)]
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", os.pathsep.join(sys.path))  # or the server cannot import what it is to preload
         for process in started:
@@ -71,8 +71,9 @@ def launch(folder: Path, count: int, *typed: str, fault: str = "") -> tuple[Done
         process.join(600 if process is started[0] or fault != "hangs" else 0)
         process.kill()
         process.join()
-    lines = logs[0].read_text().splitlines() if logs[0].exists() else []
-    return Done(folder, started[0].exitcode, lines, lines), [process.exitcode for process in started]
+    lines = [log.read_text().splitlines() if log.exists() else [] for log in logs]
+    errors = [line for part in lines for line in part if line.startswith("train.py: ")]
+    return Done(folder, started[0].exitcode, lines[0], errors), [process.exitcode for process in started]
 
 
 HARD = ["rollout.max_draws=2", "rollout.questions_per_step=3", "data.held_out=5", "train.truncated=mask"]
@@ -111,15 +112,34 @@ def test_several_processes_are_one_run(count, shard, small, alone, tmp_path):
     assert steps == ["1/4", "2/4", "3/4", "4/4"], "each line once"
 
 
+def test_sharded_bf16_with_checkpointing_is_as_near_to_the_sampler_as_unsharded(small, tmp_path):
+    """FSDP2 casts what a layer is given, such as the fp32 rotary tables, to bf16: in forward, not in recomputation."""
+    bf16, runs = ["model.dtype=bfloat16", "train.activation_checkpointing=true", "train.steps=1"], []
+    for shard in ("train.shard=false", "train.shard=true"):
+        runs.append(launch(tmp_path / shard, 2, *arguments(tmp_path / shard, *small, *HARD, *bf16, shard)))
+        assert runs[-1][1] == [0, 0], runs[-1][0].printed
+    (plain, sharded), keys = ([done.metrics()[1] for done, _ in runs]), ("logprob_gap", "approx_kl", "entropy")
+    assert [sharded[key] for key in keys] == pytest.approx([plain[key] for key in keys], rel=1e-6)
+
+
 @pytest.mark.parametrize(("fault", "shard"), [("dies", "true"), ("is stopped", "true"), ("hangs", "false")])
 def test_a_lost_process_ends_the_run_which_another_number_of_them_continues(fault, shard, small, alone, tmp_path):
     """The others waited for ever, or went on by themselves and averaged over those that were left."""
     typed = arguments(tmp_path / "run", *small, *HARD, f"train.shard={shard}")
     lost, status = launch(tmp_path / "run", 2, *typed, fault=fault)
     assert (status, (lost.folder / "final").exists()) == (FAULTS[fault][1], False), lost.printed
+    assert len(lost.complaints) == status.count(2), lost.complaints
     assert any("--resume" in line for line in lost.printed)
     assert resume(lost.folder).status == 0
     assert max(differences(alone, lost)) < 5e-6
+
+
+def test_an_error_of_all_ranks_is_said_once_and_a_lost_one_with_its_whole_reason(small, tmp_path):
+    """The last line of NCCL's message says what happened; the first hundred characters say where in PyTorch."""
+    done, status = launch(tmp_path / "run", 2, *arguments(tmp_path / "run", *small, "data.held_out=9999"))
+    assert (status, len(done.complaints), "data.held_out" in done.complaints[0]) == ([2, 2], 1, True)
+    with pytest.raises(UserError, match=r"NCCL.*Cuda failure"), ranks.collective():
+        raise RuntimeError(f"NCCL error in: /{'x' * 100}, unhandled cuda error\nLast error:\nCuda failure 'busy'")
 
 
 if __name__ == "__main__":

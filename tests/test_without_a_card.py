@@ -4,6 +4,9 @@ Reading a value (.item(), a boolean index, nonzero) fails on meta, as it would s
 CUDA graph. `OneDevice` adds what meta lets pass: an operation between a meta tensor and a tensor of the CPU.
 """
 
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -12,7 +15,6 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -22,11 +24,14 @@ from optimizer import AdamW
 from plain_policy import active_episodes
 from plumbing.config import load_config
 from plumbing.run import find_device
+from plumbing.terminal import UserError
 from qwen2_model import Qwen2Config
 from rollout import Decoder, KVCache
 
 SHAPE = Qwen2Config(512, 64, 128, 2, 4, 2, 16, 1e-6, 1e6, True, 1024)
-CONFIG = load_config(Path(__file__).resolve().parent.parent / "config.yml", ["rollout.temperature=0.7"])
+ROOT = Path(__file__).resolve().parent.parent
+SIMULATOR = Path(os.environ.get("CUDA_SIM", ROOT.parent / "shared" / "cuda_sim")).resolve()
+CONFIG = load_config(ROOT / "config.yml", ["rollout.temperature=0.7"])
 
 
 class OneDevice(TorchDispatchMode):
@@ -83,16 +88,15 @@ def test_an_update_synchronizes_once_per_micro_batch(objective, checkpoint_layer
         optimizer.step()
 
 
-@pytest.mark.skipif(torch.version.cuda is None, reason="needs a CUDA build of torch, but no card")
-def test_sampling_runs_on_fake_cuda_tensors():
-    """Beyond meta: CUDA's own dispatch, in a torch that was built for it."""
-    with FakeTensorMode(), torch.no_grad():
-        decoder = prefilled(device="cuda")
-        decoder.step(6, 128)
-        decoder.step(3, 128)
-        assert decoder.tokens.is_cuda
-        hidden = torch.empty(3, 64, device="cuda", dtype=torch.bfloat16)
-        assert decoder.policy.logits(hidden).dtype == torch.float32
+@pytest.mark.skipif(
+    not (torch.version.cuda or "").startswith("13.") or torch.cuda.is_available() or not (SIMULATOR / "check").exists(),
+    reason="needs a torch built for CUDA 13, no card, and a simulated one: CUDA_SIM=FOLDER",
+)
+@pytest.mark.parametrize("case", ["fp32", "bf16-split", "capture-refused", "memory-sampling", "two-ranks-sharded"])
+def test_a_simulated_card_trains_as_the_cpu_does(case):
+    """torch's own dispatcher, allocator and graph capture; the values are the CPU's."""
+    done = subprocess.run([sys.executable, SIMULATOR / "check", case], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
 
 
 @pytest.mark.parametrize(("name", "index"), [("cuda", 0), ("auto", 0), ("cuda:1", 1)])
@@ -105,3 +109,19 @@ def test_the_device_has_an_index_because_set_device_refuses_one_without(name, in
     monkeypatch.setenv("PYTORCH_CUDA_ALLOC_CONF", "")
     assert find_device(name) == torch.device("cuda", index)
     assert chosen == [torch.device("cuda", index), False]
+    with pytest.raises(UserError, match=r"cuda:2.* 2"):
+        find_device("cuda:2")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "3")
+    with pytest.raises(UserError, match=r"auto.* 2 GPUs"):  # on every rank, not only on the one that has none
+        find_device("auto")
+
+
+def test_a_driver_that_is_too_old_is_no_reason_to_train_on_the_cpu_in_silence(monkeypatch, capsys):
+    """NVML counts the cards all the same."""
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    with pytest.raises(UserError, match=r"model\.device.*too old.*CUDA 13\.0.*torch=="):
+        find_device("cuda")
+    assert find_device("cpu") == find_device("auto") == torch.device("cpu")
+    assert "too old" in capsys.readouterr().out.strip("\n").replace("\n", "a second line too")
