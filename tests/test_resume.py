@@ -206,7 +206,7 @@ def test_what_would_not_be_the_same_run_is_refused(file, how, named, alone, tmp_
     before = tree(run)
     done = resume(run, f"train.steps={STEPS + 1}")
     assert (done.status, [named in line for line in done.complaints], tree(run)) == (2, [True], before)
-    assert file == SUMS or re.search("remove.*step-000007", done.complaints[0])
+    assert file == SUMS or "remove" in done.complaints[0]
 
 
 def test_a_checkpoint_of_another_version_is_refused(alone, tmp_path, monkeypatch):
