@@ -2,7 +2,7 @@
 
     python plot.py runs/NAME                       # or NAME; writes runs/NAME/curves.png
     python plot.py runs/A runs/B runs/C            # compares them, in runs/A/compared.png
-    python plot.py runs/A runs/B --minutes --out docs/learning.png
+    python plot.py runs/A runs/B --minutes --panels reward_correct response_length --out both.png
 
 With --minutes the x axis is the time spent sampling and updating, as on the machine where the runs were made. Needs
 matplotlib (requirements-dev.txt).
@@ -43,13 +43,16 @@ PANELS = {  # column: title, label of the y axis
 }
 
 
-def draw(runs: dict[str, pandas.DataFrame], x: str) -> Any:
-    """The figure: a panel per quantity, a colour per run."""
+def draw(runs: dict[str, pandas.DataFrame], x: str, columns: list[str]) -> Any:
+    """The figure: a panel per column, a colour per run."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(12, 6.5), layout="constrained")
-    panels = figure.subplots(2, 3).flat
-    for axes, (column, (title, label)) in zip(panels, PANELS.items(), strict=True):
+    down = -(-len(columns) // 3)
+    across = -(-len(columns) // down)
+    figure = Figure(figsize=(4 * across, 3.25 * down), layout="constrained")
+    panels = figure.subplots(down, across, squeeze=False).flat
+    for axes, column in zip(panels, columns, strict=False):
+        title, label = PANELS.get(column, (column, "mean of a step"))
         for number, run in enumerate(runs.values()):
             there, colour = run.dropna(subset=column), f"C{number}"
             if column == "eval_greedy":
@@ -81,6 +84,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--out", type=Path, help="default: curves.png, or compared.png, in the first run's folder"
     )
+    parser.add_argument("--panels", nargs="+", default=[*PANELS], help="metrics to draw instead of the six")
     parser.add_argument("--minutes", action="store_true", help="against minutes instead of steps")
     arguments = parser.parse_args(argv)
     out = arguments.out
@@ -91,9 +95,12 @@ def main(argv: list[str] | None = None) -> int:
         unique = len({*names}) == len(names)
         titles = names if unique else map(str, folders)
         runs = dict(zip(titles, map(read_run, folders), strict=True))
-        draw(runs, "minutes" if arguments.minutes else "step").savefig(out, dpi=110)
+        draw(runs, "minutes" if arguments.minutes else "step", arguments.panels).savefig(out, dpi=110)
     except UserError as error:
         warn(f"{error}", "plot.py")
+        return 2
+    except KeyError as error:
+        warn(f"no metric {error} in these runs: see metrics.jsonl", "plot.py")
         return 2
     except (OSError, ValueError) as error:  # ValueError: a kind of picture that matplotlib does not know
         warn(f"{out}: cannot be written: {error}", "plot.py")

@@ -35,8 +35,8 @@ from plumbing.terminal import UserError, say, warn
 from qwen2_model import Qwen2
 
 LOCK, CHECKSUMS, VERSION = "lock", "checksums.json", 4
-FIXED = ("model.path", "model.revision", "model.dtype", "data.", "train.seed", "train.optimizer")  # within a run
-MOVABLE = ("data.path", "data.files", "data.revision", "data.columns")  # the problems decide, wherever they are now
+# within a run; of the data, the problems decide, wherever they are now
+FIXED = ("model.path", "model.revision", "model.dtype", "data.task", "train.seed", "train.optimizer")
 
 
 def save_checkpoint(
@@ -97,8 +97,7 @@ def load_optimizer(folder: Path, optimizer: AdamW, progress: Progress) -> None:
 
 def new_run_folder(config: Config, name: str | None) -> Path:
     """Where a new run is written: `output.folder`/`name` (default: the time). UserError if something is there."""
-    name = name or time.strftime("%Y-%m-%d_%H-%M-%S")
-    folder = Path(config.output.folder) / name
+    folder = Path(config.output.folder) / (name or time.strftime("%Y-%m-%d_%H-%M-%S"))
     # a run killed at its very start leaves no more than its lock
     if os.path.lexists(folder) and (not folder.is_dir() or os.listdir(folder) not in ([], [LOCK])):
         raise UserError(f"{folder} is already there: continue it with --resume {folder}, or choose another --name")
@@ -107,7 +106,7 @@ def new_run_folder(config: Config, name: str | None) -> Path:
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Keep other processes out of a run's folder; UserError if one is in it."""
+    """Keep other processes out of a run's folder; UserError if one is in it. A folder left empty is removed."""
     try:
         import fcntl
     except ImportError:
@@ -120,7 +119,11 @@ def locked(folder: Path) -> Iterator[None]:
             raise UserError(f"{folder}: another run is writing to it; wait for it, or choose another --name") from None
         except OSError as error:  # some network disks know no locks
             warn(f"{folder}: cannot be locked ({error.strerror}); start no other run in it")
-        yield
+        try:
+            yield
+        finally:
+            if os.listdir(folder) == [LOCK]:  # set-up failed before anything was written
+                shutil.rmtree(folder)
 
 
 def find_run(name: str) -> Path:
@@ -145,9 +148,8 @@ def prepare_resume(run_folder: Path, config: Config) -> tuple[Path, Progress]:
     newest = saved(run_folder)[-1]
     progress = read_progress(newest)
     was, now = values(load_config(run_folder / "config.yml")), values(config)
-    changed = [name for name in now if now[name] != was.get(name)]
-    for name in changed:
-        if name.startswith(FIXED) and name not in MOVABLE:
+    for name in (name for name in now if now[name] != was.get(name)):
+        if name in FIXED:
             raise UserError(f"{name} is {now[name]} but was {was[name]}: set it back, or start another run with --name")
         say(f"resuming with {name} {now[name]}, which was {was[name]}")
     for left in (*run_folder.glob(f"*{PARTIAL}"), *run_folder.glob(f"checkpoints/*{PARTIAL}")):

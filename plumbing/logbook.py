@@ -108,10 +108,9 @@ class Logbook:
         for kind in ("sampled", "greedy") if progress.after else ():
             before, after = progress.before[f"eval_{kind}"], progress.after[f"eval_{kind}"]
             say(f"held-out {self.task.SCORE}, {kind}: {before:.3f} before, {after:.3f} after")
-        say(f"the trained model: {self.folder / 'final'}")
         if progress.after and progress.best - progress.after["eval_greedy"] > 2 * progress.after["eval_greedy_se"]:
             say(f"but it is not the best: {best_weights(progress)}")
-        say(f"next: python evaluate.py {self.folder / 'final'}    python plot.py {self.folder}")
+        say(f"trained: python evaluate.py {self.folder / 'final'}    python plot.py {self.folder}")
 
 
 def best_weights(progress: Progress) -> str:

@@ -49,8 +49,7 @@ class Limit:
                     raise
             torch.cuda.empty_cache()  # only here does nothing refer to the failed attempt's tensors any more
             if limit <= least:
-                cures = "lower rollout.max_new_tokens, or set train.optimizer=offload"
-                raise UserError(f"out of memory even with {limit} {self.what}: {cures}")
+                raise UserError(f"out of memory even with {limit} {self.what}: set train.optimizer=offload")
             self.most = max(least, limit // 2)
             warn(f"out of memory; from now on at most {self.most} {self.what}")
 

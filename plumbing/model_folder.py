@@ -69,7 +69,7 @@ def find_folder(settings: ModelSettings | DataSettings) -> Path:
         shards = {*read_index(folder, "model").values()} or {"model*.safetensors"}
         return Path(fetch(allow_patterns=[*patterns, *shards])) if of_model else folder
     except Exception as error:  # the hub's, the HTTP client's and the system's errors have no common base
-        raise UserError(f"{name}: check {section}.path, network, HF_TOKEN, disk: {one_line(error)}") from error
+        raise UserError(f"{name}: not from the hub ({one_line(error)}): {section}.path, HF_TOKEN, disk?") from error
 
 
 # ---- config.json -----------------------------------------------------------------------------------------------
@@ -114,6 +114,7 @@ def read_model_config(folder: str | Path) -> Qwen2Config:
         good = type(raw.get(key)) in (int, kind) and 0 < raw[key] <= LARGEST[kind]
         check(key, good, f"it must be a {'whole ' if kind is int else ''}number above 0, at most {LARGEST[kind]:,}")
     heads, kv_heads = raw["num_attention_heads"], raw["num_key_value_heads"]
+    check("num_hidden_layers", raw["num_hidden_layers"] <= 1024, "it must be at most 1024")
     check("num_attention_heads", heads % kv_heads == 0, f"it must be a multiple of {kv_heads}")
     check("head_dim", raw["head_dim"] % 2 == 0, "it must be a multiple of 2")
     values = {key: kind(raw[key]) for key, kind in numbers.items()}

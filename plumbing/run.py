@@ -94,11 +94,12 @@ def set_up(config: Config, source: Path | None = None, max_rows: int = 0) -> Age
     device = find_device(config.model.device)
     if config.train.threads or "OMP_NUM_THREADS" not in os.environ:  # torch itself reads the latter
         torch.set_num_threads(config.train.threads or free_cores())
-    task, source = tasks.load_task(config.data.task), source or model_folder.find_folder(config.model)
+    task = tasks.load_task(config.data.task)
+    training, held_out = tasks.split_problems(task, config.data)
+    source = source or model_folder.find_folder(config.model)  # gigabytes: after what is small
     tokenizer, shape = Tokenizer(source), model_folder.read_model_config(source)
     if len(tokenizer) > shape.vocab_size:
         raise UserError(f"{source}: {len(tokenizer)} ids in the tokenizer, {shape.vocab_size} in config.json")
-    training, held_out = tasks.split_problems(task, config.data)
     longest = max((task.question_text(problem) for problem in training + held_out), key=len)
     prompt_tokens = len(tokenizer.encode_prompt(longest, task.ASSISTANT_PREFIX))
     needed, positions = prompt_tokens + config.rollout.max_new_tokens, shape.max_position_embeddings

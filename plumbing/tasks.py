@@ -85,8 +85,7 @@ def split_problems(task: Task, data: DataSettings) -> tuple[list[Any], list[Any]
     for key, problem in zip(keys, problems, strict=True):
         by_key[key] = min(by_key[key], problem, key=repr) if key in by_key else problem
     if len(by_key) <= data.held_out:
-        cures = "lower data.held_out, widen the data's filters or use more data"
-        raise UserError(f"{len(by_key)} different problems are too few to hold out {data.held_out} of them: {cures}")
+        raise UserError(f"{len(by_key)} different problems, too few for data.held_out={data.held_out}: lower it")
     chosen = nsmallest(data.held_out, by_key, lambda key: hashlib.sha256(key.encode()).digest())
     held_out = [by_key.pop(key) for key in chosen]  # those that are left are trained on
     return [p for key, p in zip(keys, problems, strict=True) if key in by_key], held_out

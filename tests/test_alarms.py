@@ -38,17 +38,12 @@ def calm(small, tmp_path_factory) -> Done:
     return done
 
 
-HEALTHY = {"reward_correct": 0.4, "groups": 16, "zero_variance": 4, "truncated": 0.1, "entropy": 1, "logprob_gap": 1e-7}
+HEALTHY = {"reward_correct": 0.4, "groups": 16, "zero_variance": 4, "truncated": 0.1, "logprob_gap": 1e-7}
 BOUNDS = [  # metrics that are still fine, metrics that are not, the first setting that the warning names
     ({"zero_variance": 8}, {"zero_variance": 9}, "rollout.group_size"),
-    ({"entropy": 0.1}, {"entropy": 0.0999}, "train.learning_rate"),
     ({"truncated": 0.5}, {"truncated": 0.501}, "rollout.max_new_tokens"),
     ({"logprob_gap": 1e-5}, {"logprob_gap": 1.1e-5}, ""),
     ({"logprob_gap": 1e-6}, {"logprob_gap": math.nan}, ""),
-    ({"eval_greedy": 0.4}, {"eval_greedy": 0.39}, "train.learning_rate"),
-    ({"eval_greedy": 0.3, "eval_greedy_se": 0.06}, {"eval_greedy": 0.2}, "train.learning_rate"),
-    ({"best": 10.0, "eval_greedy": 8.1}, {"best": 10.0, "eval_greedy": 7.9}, "train.learning_rate"),  # its own scale
-    ({"best": -5.0, "eval_greedy": -5.9}, {"best": -5.0, "eval_greedy": -6.1}, "train.learning_rate"),
     ({"reward_correct": 0.05}, {"reward_correct": 0.03, "zero_variance": 16}, "train.learning_rate"),  # nor groups
 ]
 FIRST_SETTING = re.compile(r"(?:rollout|train|data)\.(?!py)[\w*]+|$")
@@ -62,30 +57,26 @@ def check(alarms: Alarms, capsys, **changes: float | None) -> list[str]:
 @pytest.mark.parametrize(("inside", "outside", "setting"), BOUNDS, ids=[str(row[1]) for row in BOUNDS])
 def test_a_warning_comes_just_past_its_bound_and_once(inside, outside, setting, capsys):
     alarms = Alarms(load_config(ROOT / "config_tiny.yml"), load_task("countdown"))
-    assert check(alarms, capsys, entropy=math.nan) + check(alarms, capsys) + check(alarms, capsys, **inside) == []
+    assert check(alarms, capsys) + check(alarms, capsys, **inside) == []
     (warning,) = check(alarms, capsys, **outside)
     assert FIRST_SETTING.search(warning).group() == setting
-    assert ("checkpoints/best-000007" in warning) == bool(outside.keys() & {"reward_correct", "eval_greedy"})
+    assert ("checkpoints/best-000007" in warning) == ("reward_correct" in outside)
     assert check(alarms, capsys, **outside) == []
 
 
-def test_what_takes_several_steps_or_several_warnings(capsys):
-    """A reward stuck at 0 or 0.1 looks like a slow start; a run that goes wrong goes wrong in several ways."""
+def test_several_warnings_at_once(capsys):
+    """A run that goes wrong goes wrong in several ways."""
     alarms = Alarms(load_config(ROOT / "config_tiny.yml", ["model.dtype=bfloat16"]), load_task("countdown"))
-    for _ in range(2):  # one right answer starts the count anew
-        assert [check(alarms, capsys, reward_correct=value) for value in [1 / 256] + [0.0] * 9] == [[]] * 10
-    (warning,) = check(alarms, capsys, reward_correct=0.0)
-    assert FIRST_SETTING.search(warning).group() == "data.*"
     assert check(alarms, capsys, logprob_gap=0.02) == [], "real Qwen2.5 weights in bf16 have 0.011"
-    outside = {"zero_variance": 15, "truncated": 1.0, "entropy": 0.001, "logprob_gap": 0.06, "eval_greedy": 0.0}
-    assert len(set(check(alarms, capsys, **outside))) == 5
+    outside = {"zero_variance": 15, "truncated": 1.0, "logprob_gap": 0.06}
+    assert len(set(check(alarms, capsys, **outside))) == 3
 
 
 BEST, START = "checkpoints/best-000001", "the model it started from"
 ENDS = [  # the score after 0, 1, ... steps; what fails when the best weights are saved; what is said to be the best
-    ([0.2, 0.5, 0.4, 0.1], None, [BEST, BEST]),  # in a warning and at the end
-    ([0.5, 0.4, 0.4, 0.1], None, [START, START]),
-    ([0.4, 0.5, 0.4, 0.1], TypeError("of a library"), [START, START]),
+    ([0.2, 0.5, 0.4, 0.1], None, [BEST]),
+    ([0.5, 0.4, 0.4, 0.1], None, [START]),
+    ([0.4, 0.5, 0.4, 0.1], TypeError("of a library"), [START]),
     ([0.2, 0.3, 0.5, 0.49], None, []),
 ]
 
@@ -201,10 +192,8 @@ def test_a_run_that_had_to_try_again_ends_as_if_undisturbed(words, small, calm, 
     assert (done.status, done.samples()) == (0, calm.samples())
     assert len(done.complaints) == len(words.split(", ")), done.complaints
     assert all(word in line for word, line in zip(words.split(", "), done.complaints, strict=True))
-    for mine, theirs in zip(done.metrics(times=True), calm.metrics(), strict=True):
+    for mine, theirs in zip(done.metrics(), calm.metrics(), strict=True):
         assert {key: mine[key] for key in theirs} == pytest.approx(theirs, rel=1e-4, abs=1e-6)
-        sampled = mine.get("response_length", 0) * ROWS  # the tokens of a failed attempt are not counted
-        assert mine.get("rollout_tokens_per_second", 0) * mine.get("rollout_seconds", 0) == pytest.approx(sampled)
     folders = small[0].partition("=")[2], done.folder / "final", calm.folder / "final"
     start, mine, theirs = (load_file(f"{folder}/model.safetensors") for folder in folders)
     for name, expected in theirs.items():
@@ -212,8 +201,8 @@ def test_a_run_that_had_to_try_again_ends_as_if_undisturbed(words, small, calm, 
 
 
 TOO_LITTLE = {  # how memory runs out; the first setting to change; the steps that are saved
-    "sampling": (partial(small_card, rollout=10), "rollout.max_new_tokens", [1]),
-    "update": (partial(small_card, update=10), "rollout.max_new_tokens", [1]),
+    "sampling": (partial(small_card, rollout=10), "train.optimizer", [1]),
+    "update": (partial(small_card, update=10), "train.optimizer", [1]),
     # too late
     "optimizer": (lambda patch, _: patch.setattr("optimizer.AdamW._update", NO_MEMORY), "train.optimizer", []),
     "loading": (lambda patch, _: patch.setattr("plumbing.model_folder.load_model", NO_MEMORY), "train.optimizer", []),

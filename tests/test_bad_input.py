@@ -93,8 +93,8 @@ TABLE = [  # changes of files, arguments of train.py, words (file, key, value) t
     # the run to resume; test_resume.py has the rest
     *[({f"{OLD}/config.yml": change}, ["--resume", OLD], OLD) for change in (None, "train: {")],
     *[({}, ["--resume", OLD, change], change.replace("=", " ")) for change in (
-        "model.path=tiny", "model.dtype=bfloat16", "data.held_out=5", "data.most_numbers=3", "train.seed=2",
-        "train.optimizer=offload", "train.steps=1")],
+        "model.path=tiny", "model.dtype=bfloat16", "train.seed=2", "train.optimizer=offload")],
+    ({}, ["--resume", OLD, "data.held_out=5"], "data.parquet problems"),
     *[({f"{NEWEST}/{WEIGHTS[6:]}": change}, ["--resume", OLD], NEWEST) for change in (None, lambda c: c[:-1] + b" ")],
     ({f"runs/none/{file}": CONFIG for file in ("config.yml", "metrics.jsonl", "lock")}, ["--resume", "none"], "none"),
     ({"data.parquet": table([[3, 7, n] for n in range(1, 9)])}, ["--resume", OLD], "data.parquet"),
@@ -117,7 +117,7 @@ TABLE = [  # changes of files, arguments of train.py, words (file, key, value) t
       CONFIG_JSON: partial(keys, eos_token_id=None)}, [], "model eos_token"),
     ({"data.parquet": HALVED}, [], "data.parquet"), ({"data.parquet": FOLDER}, [], "data.parquet"),
     ({"model/problems.parquet": ""}, ["data.path=model"], "model/problems.parquet"),
-    ({"data.parquet": table([[3, math.nan]])}, [], "data.parquet nums target None"),
+    ({"data.parquet": table([[3, math.nan]])}, [], "data.parquet nums target"),
     ({}, ["data.path="], "data.path"), ({}, ["data.target_high=1"], "data.parquet target_high"),
 ]  # fmt: skip
 NEW = ["--config", "config.yml"]

@@ -24,7 +24,7 @@ from tokenizer import Tokenizer
 
 STEP_KEYS = """step reward reward_std reward_format reward_correct response_length truncated groups zero_variance loss
     entropy approx_kl logprob_gap clip_fraction learning_rate grad_norm skipped rollout_seconds
-    rollout_tokens_per_second update_seconds update_tokens_per_second elapsed_seconds"""
+    update_seconds elapsed_seconds"""
 GREEDY, SAMPLED = ({f"eval_{kind}", f"eval_{kind}_se"} for kind in ("greedy", "sampled"))
 CHANGES = ("eval.every=2", "checkpoint.keep=2", "output.samples=2")
 
@@ -137,7 +137,7 @@ def test_the_metrics_mean_what_they_say(small, tmp_path, monkeypatch):
     for sample, (step, e) in zip(done.samples(), kept, strict=True):
         texts = {"prompt": question_text(e.problem), "response": ASSISTANT_PREFIX + e.text, "ended": not e.truncated}
         parts = {"reward_format": e.rewards["format"], "reward_correct": e.rewards["correct"]}
-        rest = {"step": step, "reward": sum(parts.values()), "length": len(e.response_ids)}
+        rest = {"step": step, "reward": sum(parts.values())}
         assert sample == pytest.approx({**texts, **parts, **rest})
         chat = f"<|im_start|>user\n{sample['prompt']}<|im_end|>\n<|im_start|>assistant\n{ASSISTANT_PREFIX}"
         assert Tokenizer(ROOT / "tiny").decode(e.prompt_ids) == chat
@@ -151,8 +151,6 @@ def test_the_metrics_mean_what_they_say(small, tmp_path, monkeypatch):
         assert m["reward"] == pytest.approx(sum(e.rewards["format"] + e.rewards["correct"] for e in episodes) / count)
         assert m["reward_correct"] == sum(e.rewards["correct"] == 1 for e in episodes) / count
         assert (m["truncated"], m["response_length"]) == (sum(e.truncated for e in episodes) / count, sampled / count)
-        assert m["rollout_tokens_per_second"] * m["rollout_seconds"] == pytest.approx(sampled)
-        assert m["update_tokens_per_second"] * m["update_seconds"] == pytest.approx(2 * sum(lengths))
         assert m["update_seconds"] > 0.2, "the optimizer's steps are part of the update"
         spent += m["rollout_seconds"] + m["update_seconds"]
         assert spent < m["elapsed_seconds"]
