@@ -1,8 +1,6 @@
 """The benchmark compares equal work and counts what it says it counts. No test here looks at a time."""
 
-import inspect
 import json
-import sys
 from argparse import Namespace
 from dataclasses import replace
 
@@ -11,7 +9,6 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 import train
-from countdown_task import Problem
 from data_types import Progress
 from plain_policy import DEVICES, active_episodes, small_policy
 from short_run import ROOT, byte_rewards, small_world
@@ -76,23 +73,6 @@ def test_a_rival_of_the_update_does_more_work_for_the_same_gradient(work, monkey
     tokens = sum(len(e.prompt_ids + e.response_ids) for e in work.episodes[:12])
     assert (figures["line_tokens"], figures["row_tokens"]) == (facts[0][0], tokens)
     assert figures["ours"]["tokens_per_second"] * figures["ours"]["seconds"] == pytest.approx(tokens)
-
-
-def test_an_ablated_sampler_does_more_work_for_as_many_tokens(work, monkeypatch):
-    """Rows prefilled, rows in the last step, kv heads, columns in the first step: each idea keeps one of them small."""
-    attention, calls, facts = torch.nn.functional.scaled_dot_product_attention, [], []
-
-    def spy(q, k, *others, **options):
-        calls.append((q.shape[0], k.shape[1], k.shape[2], "is_causal" in options))
-        return attention(q, k, *others, **options)
-
-    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", spy)
-    for sample in (work.count_sampled, *benchmark.sampler_ablations(work).values()):
-        calls.clear()
-        assert sample() == (work.uniforms > 0).sum()
-        first = next(call for call in calls if not call[3])
-        facts.append((calls[0][0], calls[-1][0], first[1], first[2]))
-    assert larger(facts) == ["====", "+===", "=+==", "==+=", "===+", "++++"]
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -165,22 +145,6 @@ def test_plans_tables_and_comparisons_are_printed(tmp_path, monkeypatch, capsys)
     cost_model.main([])
     lines = {line.strip() for line in capsys.readouterr().out.splitlines() if "0.5B" not in line}  # a small one here
     assert lines <= {*(ROOT / "docs/scaling.md").read_text().splitlines()}
-
-
-def test_grpo_zero_gets_the_same_work_and_its_modules_do_not_replace_ours_of_the_same_names():
-    work, ours = Workload(load_config("config_tiny.yml", SIZE), None), sys.modules["grpo"]
-    step = benchmark.grpo_zero_step(ROOT / "tests/data/grpo_zero", work)
-    theirs = inspect.getclosurevars(step).nonlocals["theirs"]
-    assert (sys.modules["grpo"] is ours is not theirs, step()) == (True, [3])
-    (model, batch, tokenizer, *limits, reward, _, _), (same, optimizer, episodes, _, *settings, _, _) = theirs.calls
-    pad, end = work.tokenizer.end_ids
-    assert work.tokenizer.decode([pad, end]) == "<|endoftext|><|im_end|>"
-    assert (tokenizer.pad_token_id, tokenizer.eos_token_id, tokenizer.eos_token) == (pad, end, "<|im_end|>")
-    assert (limits, batch.prefix_token_ids, batch.numbers) == ([64, 4], work.prompts, work.problems)
-    texts = [f"</think><answer>1 + 2 + 3</answer>{last}" for last in ("<|im_end|>", "")]
-    assert [reward(text, Problem((1, 2, 3), 6), 0, "<|im_end|>")["reward"] for text in texts] == [1.1, 1.0]
-    assert (same is model, len(episodes), optimizer.param_groups[0]["lr"], settings) == (True, 1, 0.0, [pad, 1.0])
-    assert all(torch.equal(weight, model.weights[name]) for name, weight in work.policy.state_dict().items())
 
 
 def test_a_benchmark_without_shape_takes_the_questions_of_the_runs_first_step():

@@ -157,8 +157,6 @@ def counted(shape: Qwen2Config, config: Config, prompt: int, rows: int, ranks: i
 UNTIED = thin(152064, 3584, 3584, 2, tied=False)
 # shape, settings, what (0: sampling, else the update on so many ranks), bounds of planned / counted, tokens of a prompt
 PLANS = {  # each of these terms dominates in a shape of its own; with a real vocabulary some never show
-    "split's slices": (thin(1000, 1024, 16384), KEPT + SHORT + TOKENS + "1000", 1, 0.93, 1.05),
-    "offload's slices": (thin(1000, 1024, 16384), SHORT + TOKENS + "1 train.optimizer=offload", 1, 0.95, 1.9),
     "fp32": (shape_config("0.5B"), "train.optimizer=master model.dtype=float32", 0, 0.95, 1.05),
     "kept activations": (shape_config("0.5B"), KEPT, 1, 0.95, 1.05),
     "a layer's backward": (thin(50000, 1024, 8192), "", 1, 0.98, 1.1),

@@ -1,1 +1,0 @@
-"""Stands in for GRPO-Zero's module of this name."""
