@@ -11,6 +11,7 @@ import pytest
 
 import closest_task
 import train
+import two_numbers_task
 from data_types import Episode
 from plumbing import tasks
 from plumbing.terminal import UserError
@@ -110,3 +111,5 @@ def test_the_second_task_measures_nearness():
         assert sum(closest_task.grade(response, truncated, problem).values()) == 0
     targets = [problem.target for problem in closest_task.load_problems(closest_task.Settings(problems=50))]
     assert (len(targets), min(targets) >= 100, max(targets) <= 300) == (50, True, True)
+    every = two_numbers_task.load_problems(two_numbers_task.Settings())
+    assert all(p.target in {a + b, b - a, a * b, b / a} for p in every for a, b in [p.numbers]) and len({*every}) == 654

@@ -57,16 +57,6 @@ def test_the_folder_is_small_prompts_are_short_and_no_held_out_problem_was_ever_
     assert (len(training), len(held_out), held_out & training, taught - training) == (5435, 512, set(), set())
 
 
-def test_able_but_poor():
-    """Format and arithmetic nearly always right, 15 to 40 % success: the rest is left to GRPO."""
-    sampler, _, held_out, _ = tiny()
-    episodes = sampler.rollout(held_out[:256], 1, 1.0, torch.Generator().manual_seed(5))
-    rewards = [grade(episode.text, episode.truncated, episode.problem) for episode in episodes]
-    assert sum(r["format"] > 0 for r in rewards) / 256 > 0.97
-    assert 0.15 <= sum(r["correct"] for r in rewards) / 256 <= 0.40
-    assert make_tiny.examine([episode.text for episode in episodes], held_out[:256])["equations right"] > 0.97
-
-
 def test_examining_traces_by_hand():
     """Four of six equations are right, one of two hits is, and so is the one miss."""
     texts = ["8+6=14, 14*3=42 no\n9/3=4, 4+6=10 yes", "7-8=1, 1*3=3 yes\n7-8=1 9/0=0, 0+", "6/0=0, 1+0 = 1 no"]
