@@ -43,7 +43,7 @@ BOUNDS = [  # metrics that are still fine, metrics that are not, the first setti
     ({"zero_variance": 8}, {"zero_variance": 9}, "rollout.group_size"),
     ({"truncated": 0.5}, {"truncated": 0.501}, "rollout.max_new_tokens"),
     ({"logprob_gap": 1e-5}, {"logprob_gap": 1.1e-5}, ""),
-    ({"logprob_gap": 1e-6}, {"logprob_gap": math.nan}, ""),
+    ({}, {"logprob_gap": math.nan}, ""),
     ({"reward_correct": 0.05}, {"reward_correct": 0.03, "zero_variance": 16}, "train.learning_rate"),  # nor groups
 ]
 FIRST_SETTING = re.compile(r"(?:rollout|train|data)\.(?!py)[\w*]+|$")
@@ -65,7 +65,6 @@ def test_a_warning_comes_just_past_its_bound_and_once(inside, outside, setting, 
 
 
 def test_several_warnings_at_once(capsys):
-    """A run that goes wrong goes wrong in several ways."""
     alarms = Alarms(load_config(ROOT / "config_tiny.yml", ["model.dtype=bfloat16"]), load_task("countdown"))
     assert check(alarms, capsys, logprob_gap=0.02) == [], "real Qwen2.5 weights in bf16 have 0.011"
     outside = {"zero_variance": 15, "truncated": 1.0, "logprob_gap": 0.06}

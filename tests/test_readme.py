@@ -48,11 +48,12 @@ def test_every_command_runs_and_logs_the_metrics_in_its_table(tmp_path, monkeypa
     monkeypatch.chdir(tmp_path)
     monkeypatch.setitem(benchmark.SHAPES, "3B", (32, 48, 2, 4, 2, True, 231))
     world = small_world(tmp_path / "world")
+    exec(next(text for _, language, text in BLOCKS if "mine.parquet" in text and language == "python"))
     for command in filter(None, COMMANDS):
         if command.startswith("python ") and " -c " not in command:  # test_benchmark.py has all parts
             run(command.replace("--everything", "--part memory").replace("benchmarks/", ""), world)
         else:
-            assert command.split()[0] in ("pip", "pytest", "tmux", "git", "python", "torchrun")
+            assert command.split()[0] in ("pip", "pytest", "tmux", "git", "python", "python3", "torchrun")
     assert len(list(tmp_path.glob("runs/*/metrics.jsonl"))) > 12
     last = json.loads((tmp_path / "runs/demo/metrics.jsonl").read_text().splitlines()[-1])
     named = {name for row in rows("metric", "meaning", "in the demo") for name in re.findall("`([^`]+)`", row[0])}

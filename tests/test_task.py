@@ -110,6 +110,7 @@ def test_the_second_task_measures_nearness():
     for response, truncated in ((good.removeprefix("</think>"), False), (good + " so", False), (good, True)):
         assert sum(closest_task.grade(response, truncated, problem).values()) == 0
     targets = [problem.target for problem in closest_task.load_problems(closest_task.Settings(problems=50))]
-    assert (len(targets), min(targets) >= 100, max(targets) <= 300) == (50, True, True)
+    assert sum(100 <= target <= 300 for target in targets) == 50
     every = two_numbers_task.load_problems(two_numbers_task.Settings())
-    assert all(p.target in {a + b, b - a, a * b, b / a} for p in every for a, b in [p.numbers]) and len({*every}) == 654
+    right = {p for p in every for a, b in [p.numbers] if p.target in {a + b, b - a, a * b, b / a}}
+    assert len(right) == len(every) == 654
