@@ -42,8 +42,7 @@ HEALTHY = {"reward_correct": 0.4, "groups": 16, "zero_variance": 4, "truncated":
 BOUNDS = [  # metrics that are still fine, metrics that are not, the first setting that the warning names
     ({"zero_variance": 8}, {"zero_variance": 9}, "rollout.group_size"),
     ({"truncated": 0.5}, {"truncated": 0.501}, "rollout.max_new_tokens"),
-    ({"logprob_gap": 1e-5}, {"logprob_gap": 1.1e-5}, ""),
-    ({}, {"logprob_gap": math.nan}, ""),
+    *[({"logprob_gap": 1e-5}, {"logprob_gap": gap}, "") for gap in (1.1e-5, math.nan)],
     ({"reward_correct": 0.05}, {"reward_correct": 0.03, "zero_variance": 16}, "train.learning_rate"),  # nor groups
 ]
 FIRST_SETTING = re.compile(r"(?:rollout|train|data)\.(?!py)[\w*]+|$")

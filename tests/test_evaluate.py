@@ -116,11 +116,11 @@ def test_curves_are_drawn_into_the_runs_folder(folder, tmp_path, monkeypatch, ca
     """The picture of a run used to overwrite the README's."""
     drawn, draw, twin = [], plot.draw, tmp_path / folder.name
     twin.symlink_to(folder)
-    monkeypatch.setattr(plot, "draw", lambda runs, x: drawn.extend(runs) or draw(runs, x))
+    monkeypatch.setattr(plot, "draw", lambda runs, *how: drawn.extend(runs) or draw(runs, *how))
     monkeypatch.chdir(tmp_path)
     (tmp_path / "runs").symlink_to(folder.parent)  # where a run is found by its name
     assert plot.main([folder.name]) == 0
-    assert plot.main([str(folder), str(twin), "--minutes", "--out", f"{tmp_path}/b.png"]) == 0
+    assert plot.main([str(folder), str(twin), "--minutes", "--panels", "loss", "--out", f"{tmp_path}/b.png"]) == 0
     assert drawn == [folder.name, str(folder), str(twin)], "two runs of one name are two runs"
     curves = (folder / "curves.png").read_bytes()
     assert plot.main([str(folder), str(twin)]) == 0
