@@ -29,10 +29,9 @@ from short_run import Done, arguments, byte_rewards, resume
 
 processes = multiprocessing.get_context("forkserver")
 processes.set_forkserver_preload(["test_ranks"])
-FAULTS = {  # what a process does that is the last or not; how the two end
+FAULTS = {  # what a process does that is the last or not (the others of a hang wait for a second); how the two end
     "dies": (lambda last: last and raise_signal(SIGKILL), [2, -9]),
     "is stopped": (lambda last: last and raise_signal(SIGTERM), [143, 143]),
-    # the others wait for a second instead of half an hour
     "hangs": (lambda last: time.sleep(99999) if last else distributed_c10d._set_pg_timeout(timedelta(0, 1)), [2, -9]),
 }
 
@@ -104,8 +103,9 @@ def alone(small, tmp_path_factory) -> Done:
 
 @pytest.mark.parametrize(("count", "shard"), [(2, "false"), (3, "true")])
 def test_several_processes_are_one_run(count, shard, small, alone, tmp_path):
-    """An average of averages would be another gradient. Three of them do not divide the weights evenly."""
-    done, status = launch(tmp_path / "run", count, *arguments(tmp_path / "run", *small, *HARD, f"train.shard={shard}"))
+    """An average of averages would be another gradient. Three do not divide the weights or the micro-batches evenly."""
+    typed = [*small, *HARD, f"train.shard={shard}", f"train.tokens_per_microbatch={1 if count == 3 else 2048}"]
+    done, status = launch(tmp_path / "run", count, *arguments(tmp_path / "run", *typed))
     assert status == [0] * count, done.printed
     assert max(differences(alone, done)) < 5e-6
     steps = [line.split()[1] for line in done.printed if line.startswith("step ") and "reward" in line]
